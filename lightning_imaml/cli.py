@@ -1,0 +1,33 @@
+"""The command line: ``lightning-imaml fit | validate | test | predict``, a LightningCLI."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningCLI
+
+# Importing the families registers their members, so that configurations can name them without their module.
+from lightning_imaml import callbacks, curvature, data, inner, linear, meta_gradients, models, regularizers  # noqa: F401
+from lightning_imaml.module import IMAMLModule
+
+
+def main(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
+    """Run the command line.
+
+    Args:
+        args: arguments as on the command line; None takes the process's own.
+    """
+    # Episodes of memory-resident data need no workers; Lightning's advice to add some does not fit them.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    return LightningCLI(
+        IMAMLModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"parser_mode": "yaml"},
+        args=args,
+    )

@@ -1,0 +1,102 @@
+"""The product with the curvature of the inner problem, linearised once for all products of a solve."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_imaml.component import Component
+from lightning_imaml.tasks import InnerProblem
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """The inner objective G around one point.
+
+    Attributes:
+        gradient: ∇G, ``[T, D]``.
+        product: v ↦ (curvature of G) v, both ``[T, D]``; holds the graph of one forward and one backward pass, which is
+            freed with it.
+    """
+
+    gradient: Tensor
+    product: Callable[[Tensor], Tensor]
+
+
+class Curvature(Component, ABC):
+    """Which second derivative of the support loss the implicit system and the Hessian-free solver use."""
+
+    @abstractmethod
+    def linearize(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
+        """Linearise G around ``parameters``, ``[T, D]``."""
+
+
+@dataclass(frozen=True)
+class Hessian(Curvature):
+    """The exact Hessian ∇²L + ∇²R, by differentiating the gradient's graph (reverse over reverse).
+
+    Away from a minimum of L it can be indefinite; conjugate gradient then stops early and reports it.
+    """
+
+    def linearize(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
+        """Linearise G around ``parameters``, ``[T, D]``."""
+        with torch.enable_grad():
+            point = parameters.detach().requires_grad_()
+            loss = problem.support.value(point).sum()
+            (gradient,) = torch.autograd.grad(loss, point, create_graph=True)
+
+        def product(vector: Tensor) -> Tensor:
+            regular = _regularizer_product(problem, parameters, vector)
+            if not gradient.requires_grad:  # A loss that is linear in φ has no second derivative.
+                return regular
+            (loss_product,) = torch.autograd.grad(gradient, point, vector, retain_graph=True, materialize_grads=True)
+            return loss_product + regular
+
+        return Linearization(gradient.detach() + _regularizer_gradient(problem, parameters), product)
+
+
+@dataclass(frozen=True)
+class GaussNewton(Curvature):
+    """The generalised Gauss-Newton matrix Jᵀ H_out J + ∇²R (`Schraudolph, 2002 <https://doi.org/10.1162/08997660260028683>`_).
+
+    J is the Jacobian of the network's outputs and H_out the Hessian of the loss in the outputs. Where the loss is convex
+    in the outputs (cross-entropy, squared error) it is positive semi-definite everywhere, and it equals the Hessian
+    where the network is linear in its parameters or fits its support set exactly.
+    """
+
+    def linearize(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
+        """Linearise G around ``parameters``, ``[T, D]``."""
+        with torch.enable_grad():
+            point = parameters.detach().requires_grad_()
+            outputs = problem.support.outputs(point)
+            cut = outputs.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(problem.support.of(cut).sum(), cut, create_graph=True)
+            (gradient,) = torch.autograd.grad(outputs, point, slope.detach(), retain_graph=True)
+            # Jᵀw is linear in w, so that differentiating it in w gives J v without forward-mode differentiation.
+            weight = torch.zeros_like(cut, requires_grad=True)
+            (pullback,) = torch.autograd.grad(outputs, point, weight, create_graph=True)
+
+        def product(vector: Tensor) -> Tensor:
+            regular = _regularizer_product(problem, parameters, vector)
+            if not slope.requires_grad:  # A loss that is linear in the outputs has no curvature.
+                return regular
+            (pushed,) = torch.autograd.grad(pullback, weight, vector, retain_graph=True)
+            (bent,) = torch.autograd.grad(slope, cut, pushed, retain_graph=True, materialize_grads=True)
+            (pulled,) = torch.autograd.grad(outputs, point, bent, retain_graph=True)
+            return pulled + regular
+
+        return Linearization(gradient + _regularizer_gradient(problem, parameters), product)
+
+
+def _regularizer_gradient(problem: InnerProblem, parameters: Tensor) -> Tensor:
+    with torch.no_grad():
+        return problem.regularizer.gradient(parameters, problem.initial, problem.strengths)
+
+
+def _regularizer_product(problem: InnerProblem, parameters: Tensor, vector: Tensor) -> Tensor:
+    with torch.no_grad():
+        return problem.regularizer.product(vector, parameters, problem.initial, problem.strengths)

@@ -1,0 +1,256 @@
+"""The core without Lightning: adapt to tasks, predict with adapted parameters, differentiate through adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from lightning_imaml.episodes import Episode, ordinary
+from lightning_imaml.inner import GradientDescent, InnerSolver
+from lightning_imaml.linear import LinearSolution
+from lightning_imaml.meta_gradients import Estimator, Implicit
+from lightning_imaml.phases import INNER_LOOP, phase
+from lightning_imaml.regularizers import Proximal, Regularizer
+from lightning_imaml.tasks import FlatModel, InnerProblem, LossFunction, TaskLoss
+
+DEFAULT_INNER_SOLVER = GradientDescent(lr=0.1, steps=16)
+DEFAULT_REGULARIZER = Proximal(2.0)
+
+
+class Adapted(NamedTuple):
+    """Networks adapted to T tasks.
+
+    Attributes:
+        parameters: name → ``[T, ...]``.
+        steps: inner steps that each task took, ``[T]``.
+        residual: ‖∇G‖ at the parameters, ``[T]``.
+        converged: whether the residual is within the inner solver's tolerance, ``[T]``.
+    """
+
+    parameters: dict[str, Tensor]
+    steps: Tensor
+    residual: Tensor
+    converged: Tensor
+
+
+class MetaGradient(NamedTuple):
+    """The meta-gradient of a batch of T tasks.
+
+    Attributes:
+        loss: the query losses Q_i(φ_i), ``[T]``.
+        grads: dF/dη averaged over tasks, for the names of ``model.named_parameters()`` that are trainable and
+            ``regularizer.<name>`` for learned strengths.
+        adapted: the adapted networks.
+        linear: the outcome of the linear solve; None for estimators without one.
+        query_outputs: the adapted networks' outputs on the query sets, ``[T, n, ...]``.
+    """
+
+    loss: Tensor
+    grads: dict[str, Tensor]
+    adapted: Adapted
+    linear: LinearSolution | None
+    query_outputs: Any
+
+
+def adapt(
+    model: nn.Module,
+    support_inputs: Any,
+    support_targets: Any,
+    *,
+    loss: LossFunction = F.cross_entropy,
+    inner_solver: InnerSolver = DEFAULT_INNER_SOLVER,
+    regularizer: Regularizer = DEFAULT_REGULARIZER,
+    strengths: Mapping[str, Tensor] | None = None,
+    chunk_size: int | None = None,
+) -> Adapted:
+    """Adapt a network to T tasks, each on its own support set.
+
+    Works in inference mode too, and never builds a second-order graph.
+
+    Args:
+        model: maps inputs ``[n, ...]`` to outputs ``[n, ...]``; it is not changed.
+        support_inputs: ``[T, n, ...]``.
+        support_targets: ``[T, n]`` or ``[T, n, ...]``.
+        loss: ``loss(outputs, targets) -> scalar`` for one task.
+        inner_solver: what minimises G = L + R.
+        regularizer: R.
+        strengths: the regulariser's learned values; None takes their first values.
+        chunk_size: the most tasks at once, which bounds memory; None takes all.
+
+    Raises:
+        ValueError: an argument does not fit, see the message.
+        FloatingPointError: a task's adaptation is not finite; the message names the tasks.
+    """
+    episode = Episode(support_inputs, support_targets, support_inputs, support_targets)
+    flat, parts = _prepare(model, episode, loss, loss, regularizer, strengths, chunk_size)
+    solutions, residuals = [], []
+    with _full_precision(flat):
+        for problem, _ in parts:
+            with phase(INNER_LOOP):
+                solutions.append(inner_solver.solve(problem, problem.start()))
+            with torch.no_grad():
+                residuals.append(problem.gradient(solutions[-1].parameters).norm(dim=1))
+        residual = torch.cat(residuals)
+        _require_finite("the inner loop's gradient norm", residual)
+        parameters = flat.unflatten(torch.cat([s.parameters for s in solutions]))
+    return Adapted(parameters, torch.cat([s.steps for s in solutions]), residual, residual <= inner_solver.tol)
+
+
+def predict(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any, *, chunk_size: int | None = None) -> Any:
+    """Outputs of T adapted networks.
+
+    Args:
+        model: the network that was adapted.
+        parameters: ``Adapted.parameters``, name → ``[T, ...]``.
+        inputs: ``[T, n, ...]``.
+        chunk_size: the most tasks at once; None takes all.
+
+    Returns:
+        ``[T, n, ...]``.
+    """
+    flat = FlatModel(model)
+    rows = flat.flatten(parameters)
+    size = chunk_size or rows.shape[0]
+    pieces = [
+        flat(rows[k : k + size], pytree.tree_map(lambda t, k=k: t[k : k + size], inputs))
+        for k in range(0, rows.shape[0], size)
+    ]
+    return pytree.tree_map(lambda *leaves: torch.cat(leaves), *pieces)
+
+
+def meta_gradient(
+    model: nn.Module,
+    episode: Episode,
+    *,
+    loss: LossFunction = F.cross_entropy,
+    outer_loss: LossFunction | None = None,
+    inner_solver: InnerSolver = DEFAULT_INNER_SOLVER,
+    estimator: Estimator = Implicit(),  # noqa: B008 - frozen, so that sharing it is safe
+    regularizer: Regularizer = DEFAULT_REGULARIZER,
+    strengths: Mapping[str, Tensor] | None = None,
+    chunk_size: int | None = None,
+) -> MetaGradient:
+    """The gradient of F(θ, λ) = (1/T) Σ_i Q_i(φ_i) for a batch of tasks.
+
+    Args:
+        model: maps inputs ``[n, ...]`` to outputs ``[n, ...]``; its parameters are θ. Neither they nor their ``.grad``
+            are changed.
+        episode: the tasks.
+        loss: the support loss L, ``loss(outputs, targets) -> scalar`` for one task.
+        outer_loss: the query loss Q; None takes ``loss``.
+        inner_solver: what minimises G = L + R.
+        estimator: what differentiates.
+        regularizer: R.
+        strengths: the regulariser's learned values λ; None takes their first values.
+        chunk_size: the most tasks at once, which bounds memory; None takes all.
+
+    Raises:
+        ValueError: an argument does not fit, see the message.
+        FloatingPointError: a loss, a residual or the meta-gradient is not finite; the message names the tasks.
+    """
+    flat, parts = _prepare(model, episode, loss, outer_loss or loss, regularizer, strengths, chunk_size)
+    with _full_precision(flat):
+        estimates = [estimator.estimate(problem, query, inner_solver) for problem, query in parts]
+        losses = torch.cat([e.loss for e in estimates])
+        residual = torch.cat([e.residual for e in estimates])
+        gradient = torch.stack([e.initial for e in estimates]).sum(dim=0) / losses.shape[0]
+        grads = {name: g.squeeze(0) for name, g in flat.unflatten(gradient.unsqueeze(0)).items()}
+        for name in estimates[0].strengths:
+            total = torch.stack([e.strengths[name] for e in estimates]).sum(dim=0)
+            grads[f"regularizer.{name}"] = total / losses.shape[0]
+        linear = _join([e.linear for e in estimates if e.linear is not None])
+        _require_finite("the inner loop's gradient norm", residual)
+        _require_finite("the outer loss", losses)
+        if linear is not None:
+            _require_finite("the linear solve's residual", linear.residual)
+        if not torch.stack([g.isfinite().all() for g in grads.values()]).all():
+            raise FloatingPointError(
+                "the meta-gradient must be finite; found NaN or infinity in it although every loss is finite. "
+                "Lower the inner learning rate, or use a stronger regulariser."
+            )
+    adapted = Adapted(
+        flat.unflatten(torch.cat([e.inner.parameters.detach() for e in estimates])),
+        torch.cat([e.inner.steps for e in estimates]),
+        residual,
+        residual <= inner_solver.tol,
+    )
+    outputs = pytree.tree_map(lambda *leaves: torch.cat(leaves), *[e.outputs for e in estimates])
+    return MetaGradient(losses, grads, adapted, linear, outputs)
+
+
+def _prepare(
+    model: nn.Module,
+    episode: Episode,
+    loss: LossFunction,
+    outer_loss: LossFunction,
+    regularizer: Regularizer,
+    strengths: Mapping[str, Tensor] | None,
+    chunk_size: int | None,
+) -> tuple[FlatModel, Iterator[tuple[InnerProblem, TaskLoss]]]:
+    """Check everything once, and cut the episode into chunks of tasks."""
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, or None for all tasks at once; found {chunk_size}.")
+    flat = FlatModel(model)
+    episode.validate()
+    for name in ("support_inputs", "query_inputs"):
+        for leaf in pytree.tree_leaves(getattr(episode, name)):
+            if leaf.is_floating_point() and leaf.dtype != flat.dtype:
+                raise ValueError(
+                    f"{name} must have the backbone's dtype {flat.dtype}; found {leaf.dtype}. "
+                    f"Convert the episode with .to({flat.dtype}), or the backbone with .to({leaf.dtype})."
+                )
+    support_classes = _classes("support_targets", episode.support_targets, loss)
+    query_classes = _classes("query_targets", episode.query_targets, outer_loss)
+    values = regularizer.init(flat) if strengths is None else dict(strengths)
+    initial = flat.initial()
+
+    def chunks() -> Iterator[tuple[InnerProblem, TaskLoss]]:
+        for part in episode.split(chunk_size):
+            tasks = Episode(*ordinary(tuple(part)))
+            support = TaskLoss(flat, loss, tasks.support_inputs, tasks.support_targets, support_classes)
+            query = TaskLoss(flat, outer_loss, tasks.query_inputs, tasks.query_targets, query_classes)
+            yield InnerProblem(support, regularizer, initial, values), query
+
+    return flat, chunks()
+
+
+def _classes(name: str, targets: Any, loss: LossFunction) -> int | None:
+    """How many outputs class-index targets need; None where the loss does not take class indices."""
+    if loss is not F.cross_entropy and not isinstance(loss, nn.CrossEntropyLoss):
+        return None
+    if not isinstance(targets, Tensor) or targets.is_floating_point():
+        return None
+    ignored = loss.ignore_index if isinstance(loss, nn.CrossEntropyLoss) else -100
+    lowest, highest = torch.stack([targets.where(targets != ignored, 0).min(), targets.max()]).tolist()
+    if lowest < 0:
+        raise ValueError(
+            f"{name} must be class indices from 0; found {lowest}. Relabel each task's classes to 0 … N-1."
+        )
+    return int(highest) + 1
+
+
+@contextmanager
+def _full_precision(flat: FlatModel) -> Iterator[None]:
+    """Leave inference mode and autocast: solves differentiate, and a bf16 Hessian product is wrong by 5e-3."""
+    with torch.inference_mode(False), torch.autocast(flat.device.type, enabled=False):
+        yield
+
+
+def _require_finite(what: str, values: Tensor) -> None:
+    finite = values.isfinite()
+    if not finite.all():
+        bad = (~finite).nonzero().flatten().tolist()
+        raise FloatingPointError(
+            f"{what} must be finite; found {values[~finite].tolist()} for tasks {bad} of the batch. Check these tasks' "
+            "inputs and the loss for NaN, lower the inner learning rate, or use a stronger regulariser."
+        )
+
+
+def _join(solutions: list[LinearSolution]) -> LinearSolution | None:
+    return LinearSolution(*map(torch.cat, zip(*solutions, strict=True))) if solutions else None

@@ -1,0 +1,7 @@
+"""Linear solvers of the implicit system."""
+
+from lightning_imaml.linear.base import LinearSolution, LinearSolver
+from lightning_imaml.linear.conjugate_gradient import ConjugateGradient
+from lightning_imaml.linear.direct import Direct
+
+__all__ = ["ConjugateGradient", "Direct", "LinearSolution", "LinearSolver"]

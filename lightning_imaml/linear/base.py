@@ -1,0 +1,50 @@
+"""What every linear solver offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lightning_imaml.component import Component
+
+MatVec = Callable[[Tensor], Tensor]
+"""v ↦ A v for T symmetric systems at once, ``[T, D]`` to ``[T, D]``."""
+
+
+class LinearSolution(NamedTuple):
+    """The outcome of solving A_i x_i = b_i for T tasks.
+
+    Attributes:
+        value: x, ``[T, D]``.
+        steps: products with A that each task used, ``[T]``.
+        residual: ‖b − A x‖ / ‖b‖, ``[T]``; 0 where b = 0.
+        converged: whether the residual is within the solver's tolerance, ``[T]``.
+        indefinite: whether the solver met a direction p with pᵀAp ≤ 0, ``[T]``.
+    """
+
+    value: Tensor
+    steps: Tensor
+    residual: Tensor
+    converged: Tensor
+    indefinite: Tensor
+
+
+class LinearSolver(Component, ABC):
+    """Solves T symmetric linear systems at once; it sees products with A, never a model."""
+
+    @abstractmethod
+    def solve(self, matvec: MatVec, rhs: Tensor) -> LinearSolution:
+        """Solve A x = b for every task.
+
+        Args:
+            matvec: v ↦ A v, ``[T, D]`` to ``[T, D]``, row by row.
+            rhs: b, ``[T, D]``.
+        """
+
+
+def rowwise_dot(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a_i, b_i⟩ for every row: ``[T]``, without a temporary of the size of ``a``."""
+    return (a.unsqueeze(1) @ b.unsqueeze(2)).reshape(-1)

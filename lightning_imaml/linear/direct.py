@@ -1,0 +1,39 @@
+"""Dense factorisation, for small systems and for references."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_imaml.linear.base import LinearSolution, LinearSolver, MatVec
+
+
+@dataclass(frozen=True)
+class Direct(LinearSolver):
+    """Builds A from D products and solves it by LU factorisation, definite or not.
+
+    Needs T·D² numbers and D products, so it is for small D: references, tests, heads. ``indefinite`` comes from the
+    smallest eigenvalue. SciPy's equivalent is ``scipy.linalg.solve``.
+
+    Raises:
+        RuntimeError: a system is singular to working precision.
+    """
+
+    def solve(self, matvec: MatVec, rhs: Tensor) -> LinearSolution:
+        """Solve A x = b for every task, see :meth:`LinearSolver.solve`."""
+        size = rhs.shape[1]
+        columns = [
+            matvec(unit.expand_as(rhs).contiguous()) for unit in torch.eye(size, dtype=rhs.dtype, device=rhs.device)
+        ]
+        matrix = torch.stack(columns, dim=2)
+        value = torch.linalg.solve(matrix, rhs)
+        norm = rhs.norm(dim=1)
+        error = (rhs - (matrix @ value.unsqueeze(2)).squeeze(2)).norm(dim=1)
+        residual = torch.where(norm > 0, error / norm, 0)
+        # LU is backward stable: beyond this the system is singular to working precision.
+        converged = residual <= size * torch.finfo(rhs.dtype).eps * 1e3
+        symmetric = (matrix + matrix.transpose(1, 2)) / 2
+        indefinite = torch.linalg.eigvalsh(symmetric)[:, 0] <= 0
+        return LinearSolution(value, torch.full_like(norm, size, dtype=torch.long), residual, converged, indefinite)

@@ -1,0 +1,37 @@
+"""The first-order meta-gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lightning_imaml.inner.base import InnerSolver
+from lightning_imaml.meta_gradients.base import Estimate, Estimator, query_gradient
+from lightning_imaml.phases import INNER_LOOP, phase
+from lightning_imaml.tasks import InnerProblem, TaskLoss
+
+
+@dataclass(frozen=True)
+class FirstOrder(Estimator):
+    """dQ_i/dθ ≈ ∇Q_i(φ_i): first-order MAML (`Finn et al., 2017 <https://arxiv.org/abs/1703.03400>`_, section 5.2).
+
+    It takes dφ_i/dθ for the identity, so it knows nothing of learned strengths.
+
+    Raises:
+        ValueError: the regulariser has learned strengths.
+    """
+
+    def estimate(self, problem: InnerProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
+        """Adapt, judge and differentiate, see :meth:`Estimator.estimate`."""
+        if problem.strengths:
+            raise ValueError(
+                f"FirstOrder: the regulariser must have no learned strengths, since they have no first-order gradient; "
+                f"found {sorted(problem.strengths)}. Fix them, or use Implicit."
+            )
+        with phase(INNER_LOOP):
+            inner = inner_solver.solve(problem, problem.start())
+        loss, outputs, slope = query_gradient(query, inner.parameters)
+        with torch.no_grad():
+            residual = problem.gradient(inner.parameters).norm(dim=1)
+        return Estimate(loss, outputs, inner, residual, slope.sum(dim=0))

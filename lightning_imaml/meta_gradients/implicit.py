@@ -1,0 +1,58 @@
+"""The implicit meta-gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_imaml.curvature import Curvature, Hessian
+from lightning_imaml.inner.base import InnerSolver
+from lightning_imaml.linear.base import LinearSolver
+from lightning_imaml.linear.conjugate_gradient import ConjugateGradient
+from lightning_imaml.meta_gradients.base import Estimate, Estimator, query_gradient
+from lightning_imaml.phases import INNER_LOOP, LINEAR_SOLVE, phase
+from lightning_imaml.tasks import InnerProblem, TaskLoss
+
+
+@dataclass(frozen=True)
+class Implicit(Estimator):
+    r"""The implicit meta-gradient of `iMAML <https://arxiv.org/abs/1909.04630>`_ (Lemma 1, Algorithm 2).
+
+    .. math:: (∇²L_i(φ_i) + ∇²_{φφ} R)\, u_i = ∇Q_i(φ_i), \qquad \frac{dQ_i}{dη} = -(∂_η ∇_φ G_i)^⊤ u_i, \quad η ∈ (θ, λ)
+
+    It depends on the solution φ_i and not on the way there, so memory does not grow with the number of inner steps. For
+    :class:`~lightning_imaml.regularizers.Proximal`, dQ_i/dθ = λ u_i.
+
+    Args:
+        linear_solver: solves for u.
+        curvature: the matrix of the system: the exact :class:`Hessian`, as in the paper, or
+            :class:`GaussNewton`, which stays definite where the Hessian does not.
+    """
+
+    linear_solver: LinearSolver = ConjugateGradient()  # noqa: RUF009 - frozen, so that sharing it is safe
+    curvature: Curvature = Hessian()  # noqa: RUF009
+
+    def estimate(self, problem: InnerProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
+        """Adapt, judge and differentiate, see :meth:`Estimator.estimate`."""
+        with phase(INNER_LOOP):
+            inner = inner_solver.solve(problem, problem.start())
+        loss, outputs, slope = query_gradient(query, inner.parameters)
+        with phase(LINEAR_SOLVE), torch.no_grad():
+            linearization = self.curvature.linearize(problem, inner.parameters)
+            linear = self.linear_solver.solve(linearization.product, slope)
+            residual = linearization.gradient.norm(dim=1)
+            del linearization
+        initial, strengths = _pull_back(problem, inner.parameters, linear.value)
+        return Estimate(loss, outputs, inner, residual, initial, strengths, linear)
+
+
+def _pull_back(problem: InnerProblem, parameters: Tensor, u: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """−Σ_i (∂_η ∇_φ G_i)ᵀ u_i for η = θ and every learned strength; only R depends on them."""
+    with torch.enable_grad():
+        initial = problem.initial.detach().requires_grad_()
+        strengths = {name: value.detach().requires_grad_() for name, value in problem.strengths.items()}
+        gradient = problem.regularizer.gradient(parameters, initial, strengths)
+        pulled = torch.autograd.grad(gradient, [initial, *strengths.values()], -u, materialize_grads=True)
+    return pulled[0], dict(zip(strengths, pulled[1:], strict=True))

@@ -1,0 +1,339 @@
+"""IMAMLModule: the core, wired to the Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.optimizer import Optimizer
+from torchmetrics import MetricCollection
+
+from lightning_imaml import functional
+from lightning_imaml.curvature import GaussNewton
+from lightning_imaml.episodes import Episode
+from lightning_imaml.functional import Adapted, MetaGradient
+from lightning_imaml.inner import GradientDescent, InnerSolver
+from lightning_imaml.linear import ConjugateGradient
+from lightning_imaml.meta_gradients import Estimator, Implicit
+from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95
+from lightning_imaml.phases import META_STEP, phase
+from lightning_imaml.regularizers import Proximal, Regularizer
+from lightning_imaml.tasks import FlatModel
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+
+class IMAMLModule(LightningModule):
+    """Meta-learns an initialisation that adapts to a task in a few steps (`iMAML <https://arxiv.org/abs/1909.04630>`_).
+
+    Batches are :class:`~lightning_imaml.Episode`. Training adapts to each task's support set, and moves the
+    initialisation along the meta-gradient of the query losses. Validation, test and predict adapt first too.
+
+    Args:
+        backbone: the network; None builds it by :meth:`configure_backbone` when the Trainer sets the module up.
+        loss: ``loss(outputs, targets) -> scalar`` for one task, inner and outer.
+        inner_solver: what adapts.
+        estimator: what differentiates through adaptation. The default curvature is Gauss-Newton: on the paper's own
+            network the exact Hessian soon is indefinite for most tasks, and conjugate gradient fails on it.
+        regularizer: what ties the adapted parameters to the initialisation.
+        optimizer: takes the parameters, gives the outer optimizer.
+        lr_scheduler: takes the optimizer, gives a scheduler that steps after every meta-step. For other intervals or a
+            monitored quantity, override :meth:`configure_optimizers`.
+        gradient_clip_val: clip the meta-gradient to this norm; the Trainer's own flag refuses manual optimization.
+        accumulate_meta_batches: average the meta-gradients of this many batches for one step; likewise.
+        chunk_size: the most tasks at once, which bounds memory; None takes all.
+
+    Override :meth:`configure_backbone`, :meth:`inner_loss`, :meth:`outer_loss`, :meth:`configure_metrics` or
+    :meth:`configure_optimizers` to change one thing.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module | None = None,
+        loss: Callable[[Any, Any], Tensor] = F.cross_entropy,
+        inner_solver: InnerSolver = GradientDescent(lr=0.1, steps=16),  # noqa: B008 - frozen: sharing it is safe
+        estimator: Estimator = Implicit(  # noqa: B008
+            linear_solver=ConjugateGradient(max_iter=5), curvature=GaussNewton()
+        ),
+        regularizer: Regularizer = Proximal(strength=2.0),  # noqa: B008
+        optimizer: OptimizerFactory = torch.optim.Adam,
+        lr_scheduler: SchedulerFactory | None = None,
+        gradient_clip_val: float | None = None,
+        accumulate_meta_batches: int = 1,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("accumulate_meta_batches", accumulate_meta_batches), ("chunk_size", chunk_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; found {value}. Leave it out for the default.")
+        if gradient_clip_val is not None and gradient_clip_val <= 0:
+            raise ValueError(f"gradient_clip_val must be positive or None for no clipping; found {gradient_clip_val}.")
+        # Code is not a setting: pass networks, losses and optimizers again to load_from_checkpoint.
+        self.save_hyperparameters(ignore=["backbone", "loss", "optimizer", "lr_scheduler"])
+        self.automatic_optimization = False
+        self.loss = loss
+        self.inner_solver = inner_solver
+        self.estimator = estimator
+        self.regularizer = regularizer
+        self.optimizer_factory = optimizer
+        self.scheduler_factory = lr_scheduler
+        self.gradient_clip_val = gradient_clip_val
+        self.accumulate_meta_batches = accumulate_meta_batches
+        self.chunk_size = chunk_size
+        self.strengths = nn.ParameterDict()
+        for stage in ("val", "test"):
+            metrics = self.configure_metrics()
+            setattr(self, f"{stage}_before", metrics.clone(prefix=f"{stage}/", postfix="_before"))
+            setattr(self, f"{stage}_after", metrics.clone(prefix=f"{stage}/"))
+        self._warned_indefinite = False
+        if backbone is not None:
+            self._attach(backbone)
+
+    # Building
+
+    def configure_backbone(self) -> nn.Module:
+        """Build the network, where none was passed.
+
+        Runs when the Trainer sets the module up, so that ``self.hparams`` holds the data module's ``ways`` and
+        ``shots``.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must have a network; found no backbone. Pass backbone=..., or override "
+            "configure_backbone."
+        )
+
+    def setup(self, stage: str) -> None:
+        """Take over the data module's ``ways`` and ``shots`` as hyper-parameters, for :meth:`configure_backbone`."""
+        data = getattr(self.trainer, "datamodule", None)
+        known = {} if data is None else data.hparams
+        for name in ("ways", "shots"):
+            if name in known:
+                self.hparams.setdefault(name, known[name])
+
+    def configure_model(self) -> None:
+        """Build the network if that has not happened yet."""
+        if not hasattr(self, "backbone"):
+            self._attach(self.configure_backbone())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build the network before its weights arrive."""
+        for name, value in checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).items():
+            if name in ("ways", "shots"):
+                self.hparams.setdefault(name, value)
+        self.configure_model()
+
+    def _attach(self, backbone: nn.Module) -> None:
+        self.backbone = backbone
+        with torch.no_grad():
+            for name, value in self.regularizer.init(FlatModel(backbone)).items():
+                self.strengths[name] = nn.Parameter(value.clone())
+
+    def configure_optimizers(self) -> Any:
+        """The outer optimizer over the network and the learned strengths, and its scheduler."""
+        optimizer = self.optimizer_factory(p for p in self.parameters() if p.requires_grad)
+        if self.scheduler_factory is None:
+            return optimizer
+        scheduler = self.scheduler_factory(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_metrics(self) -> MetricCollection:
+        """Metrics of the query predictions, updated with outputs ``[T, n, ...]`` and targets ``[T, n, ...]``.
+
+        The default is the episodic accuracy and its interval; they are left out where targets are not class indices.
+        """
+        return MetricCollection({"accuracy": EpisodicAccuracy(), "accuracy_interval95": EpisodicInterval95()})
+
+    # The core with the module's settings
+
+    def inner_loss(self, outputs: Any, targets: Any) -> Tensor:
+        """L: the loss on one task's support set, from outputs ``[n, ...]`` and targets ``[n, ...]``."""
+        return self.loss(outputs, targets)
+
+    def outer_loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Q: the loss on one task's query set, from outputs ``[n, ...]`` and targets ``[n, ...]``."""
+        return self.loss(outputs, targets)
+
+    def forward(self, inputs: Any) -> Any:
+        """The network at its initialisation, unadapted: inputs ``[n, ...]`` to outputs ``[n, ...]``."""
+        return self.backbone(inputs)
+
+    def adapt(self, support_inputs: Any, support_targets: Any) -> Adapted:
+        """Adapt to new tasks, ``[T, n, ...]`` each; see :func:`lightning_imaml.functional.adapt`."""
+        return functional.adapt(
+            self.backbone,
+            support_inputs,
+            support_targets,
+            loss=self._loss("inner_loss"),
+            inner_solver=self.inner_solver,
+            regularizer=self.regularizer,
+            strengths=dict(self.strengths),
+            chunk_size=self.chunk_size,
+        )
+
+    def meta_gradient(
+        self, episode: Episode, *, inner_solver: InnerSolver | None = None, estimator: Estimator | None = None
+    ) -> MetaGradient:
+        """The meta-gradient of a batch of tasks, with the module's settings where no others are given."""
+        return functional.meta_gradient(
+            self.backbone,
+            episode,
+            loss=self._loss("inner_loss"),
+            outer_loss=self._loss("outer_loss"),
+            inner_solver=inner_solver or self.inner_solver,
+            estimator=estimator or self.estimator,
+            regularizer=self.regularizer,
+            strengths=dict(self.strengths),
+            chunk_size=self.chunk_size,
+        )
+
+    def _loss(self, name: str) -> Callable[[Any, Any], Tensor]:
+        """The bare loss unless it is overridden: the core checks labels against the losses that it knows."""
+        overridden = getattr(type(self), name) is not getattr(IMAMLModule, name)
+        return getattr(self, name) if overridden else self.loss
+
+    # Training
+
+    def training_step(self, batch: Episode, batch_idx: int) -> Tensor:
+        """One meta-gradient, and an outer step when enough batches have been accumulated.
+
+        Returns:
+            The mean query loss of the batch's adapted networks.
+        """
+        last = bool(self.trainer.is_last_batch)
+        due = (batch_idx + 1) % self.accumulate_meta_batches == 0 or last
+        logged = self.trainer.global_step % max(1, getattr(self.trainer, "log_every_n_steps", 1)) == 0
+        before = self._predict_initial(batch) if logged else None  # Before the step changes the initialisation.
+        with phase(META_STEP):
+            result = self.meta_gradient(batch)
+            self._accumulate(result, sync=due)
+            if due:
+                self._outer_step()
+        self._log_training(batch, result, before)
+        return result.loss.mean()
+
+    def _accumulate(self, result: MetaGradient, sync: bool) -> None:
+        """Add the meta-gradient to ``.grad`` by a backward pass.
+
+        A ``.grad`` written by hand would miss the all-reduce of DistributedDataParallel and the loss scale of 16-bit
+        training; the surrogate has the outer loss as its value and the meta-gradient as its gradient.
+        """
+        parameters = {name: p for name, p in self.backbone.named_parameters() if p.requires_grad}
+        parameters |= {f"regularizer.{name}": p for name, p in self.strengths.items()}
+        inner = torch.stack([(result.grads[name].detach() * p).sum() for name, p in parameters.items()]).sum()
+        surrogate = (result.loss.mean() + inner - inner.detach()) / self.accumulate_meta_batches
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        if sync or block is None:
+            self.manual_backward(surrogate)
+        else:
+            with block():
+                self.manual_backward(surrogate)
+
+    def _outer_step(self) -> None:
+        optimizer = self.optimizers()
+        if isinstance(optimizer, list):
+            raise ValueError(
+                f"configure_optimizers must return one optimizer; found {len(optimizer)}. Give its parameter groups "
+                "their own learning rates instead."
+            )
+        if self.gradient_clip_val is not None:
+            self.clip_gradients(optimizer, self.gradient_clip_val, "norm")  # type: ignore[arg-type]
+        optimizer.step()
+        optimizer.zero_grad()
+        self._step_schedulers("step", self.trainer.global_step)
+
+    def on_train_epoch_end(self) -> None:
+        """Step the schedulers that go by epochs, which manual optimization leaves to the module."""
+        self._step_schedulers("epoch", self.current_epoch + 1)
+
+    def _step_schedulers(self, interval: str, count: int) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            if config.interval != interval or count % config.frequency:
+                continue
+            if not isinstance(config.scheduler, ReduceLROnPlateau):
+                config.scheduler.step()
+                continue
+            value = self.trainer.callback_metrics.get(str(config.monitor))
+            if value is not None:
+                config.scheduler.step(value)
+            elif config.strict:
+                raise ValueError(
+                    f"lr_scheduler's monitor must be a logged quantity; found {config.monitor!r}, logged are "
+                    f"{sorted(self.trainer.callback_metrics)}. Choose one of them, or set strict to False."
+                )
+
+    def _log_training(self, batch: Episode, result: MetaGradient, before: Any) -> None:
+        values = {
+            "train/outer_loss": result.loss.mean(),
+            "train/inner_residual": result.adapted.residual.mean(),
+        }
+        if _class_targets(batch):
+            values["train/accuracy"] = _accuracy(result.query_outputs, batch.query_targets)
+            if before is not None:
+                values["train/accuracy_before"] = _accuracy(before, batch.query_targets)
+        if result.linear is not None:
+            indefinite = result.linear.indefinite.float().mean()
+            values["train/linear_residual"] = result.linear.residual.mean()
+            values["train/linear_steps"] = result.linear.steps.float().mean()
+            values["train/indefinite"] = indefinite
+            if before is not None and not self._warned_indefinite and indefinite > 0.5:
+                self._warned_indefinite = True
+                rank_zero_warn(
+                    f"the linear system is indefinite for {indefinite:.0%} of this batch's tasks, so the meta-gradient "
+                    "is far from exact. Use Implicit(..., curvature=GaussNewton()), a stronger regulariser or damping."
+                )
+        bar = ("train/outer_loss", "train/accuracy")
+        for name, value in values.items():
+            self.log(name, value, prog_bar=name in bar, batch_size=batch.tasks)
+
+    def _predict_initial(self, batch: Episode) -> Any:
+        """The unadapted network on every task's query set, ``[T, n, ...]``."""
+        flat = FlatModel(self.backbone)
+        with torch.no_grad():
+            return flat(flat.initial().expand(batch.tasks, -1), batch.query_inputs)
+
+    # Evaluation
+
+    def validation_step(self, batch: Episode, batch_idx: int) -> None:
+        """Adapt to the support sets, then judge on the query sets."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Episode, batch_idx: int) -> None:
+        """Adapt to the support sets, then judge on the query sets."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Episode, batch_idx: int) -> Any:
+        """Adapt to the support sets, then predict the query sets: ``[T, n, ...]``."""
+        adapted = self.adapt(batch.support_inputs, batch.support_targets)
+        with torch.no_grad():
+            return functional.predict(self.backbone, adapted.parameters, batch.query_inputs, chunk_size=self.chunk_size)
+
+    def _evaluate(self, batch: Episode, stage: str) -> None:
+        adapted = self.adapt(batch.support_inputs, batch.support_targets)
+        with torch.no_grad():
+            outputs = functional.predict(
+                self.backbone, adapted.parameters, batch.query_inputs, chunk_size=self.chunk_size
+            )
+            loss = torch.func.vmap(self._loss("outer_loss"))(outputs, batch.query_targets)
+            before = self._predict_initial(batch)
+        self.log(f"{stage}/loss", loss.mean(), batch_size=batch.tasks, sync_dist=True)
+        self.log(f"{stage}/inner_residual", adapted.residual.mean(), batch_size=batch.tasks, sync_dist=True)
+        if _class_targets(batch) or type(self).configure_metrics is not IMAMLModule.configure_metrics:
+            for when, predictions in (("before", before), ("after", outputs)):
+                metrics: MetricCollection = getattr(self, f"{stage}_{when}")
+                metrics.update(predictions, batch.query_targets)
+                self.log_dict(metrics, prog_bar=when == "after", batch_size=batch.tasks)
+
+
+def _class_targets(batch: Episode) -> bool:
+    return isinstance(batch.query_targets, Tensor) and not batch.query_targets.is_floating_point()
+
+
+def _accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.argmax(dim=-1) == targets).float().mean()

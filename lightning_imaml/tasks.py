@@ -1,0 +1,177 @@
+"""A model, a loss and a regulariser as functions of ``[tasks, D]`` parameters.
+
+Row i of a parameter matrix holds all trainable parameters of the network that task i adapts, raveled in the order of
+``named_parameters()``. Each function here is one batched operation over all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from lightning_imaml.regularizers.base import Regularizer
+
+LossFunction = Callable[[Any, Any], Tensor]
+"""Takes one task's outputs ``[n, ...]`` and targets ``[n, ...]``, gives a scalar."""
+
+
+class FlatModel:
+    """A module as a function of rows of flat parameters.
+
+    Only parameters with ``requires_grad`` belong to the rows; frozen ones stay as they are in the module.
+
+    Args:
+        module: any module that maps inputs ``[n, ...]`` to outputs ``[n, ...]``.
+
+    Raises:
+        ValueError: nothing in the module is trainable, its trainable parameters differ in dtype or device, or it would
+            update BatchNorm running statistics, which tasks must not share.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise ValueError(
+                f"the backbone must have at least one parameter with requires_grad=True; found none in "
+                f"{type(module).__name__}. Unfreeze what the inner loop should adapt."
+            )
+        kinds = {(p.dtype, p.device) for p in trainable.values()}
+        if len(kinds) > 1 or not next(iter(kinds))[0].is_floating_point:
+            raise ValueError(
+                f"the backbone's trainable parameters must share one floating dtype and one device; found "
+                f"{sorted(map(str, kinds))} in {type(module).__name__}. Convert it with .to(dtype=..., device=...)."
+            )
+        for name, layer in module.named_modules():
+            if isinstance(layer, _BatchNorm) and layer.training and layer.running_mean is not None:
+                raise ValueError(
+                    f"the backbone's BatchNorm layers must not track running statistics in training, since every task "
+                    f"would overwrite the others'; found {type(layer).__name__} {name!r}. Build it with "
+                    "track_running_stats=False (batch statistics, the paper's protocol), or call "
+                    "lightning_imaml.models.use_batch_statistics(backbone)."
+                )
+        self.module = module
+        self.names = list(trainable)
+        self.shapes = [p.shape for p in trainable.values()]
+        self.sizes = [p.numel() for p in trainable.values()]
+        self.dtype, self.device = next(iter(kinds))
+
+    def initial(self) -> Tensor:
+        """The module's own parameters as one row ``[D]``, detached."""
+        parameters = dict(self.module.named_parameters())
+        return torch.cat([parameters[name].detach().reshape(-1) for name in self.names])
+
+    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        """Cut ``[..., D]`` into named tensors ``[..., *shape]``."""
+        # One split, not one slice a parameter: its backward is one concatenation instead of a zero-filled [T, D] each.
+        pieces = torch.split(flat, self.sizes, dim=-1)
+        return {
+            name: piece.reshape(*flat.shape[:-1], *shape)
+            for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)
+        }
+
+    def flatten(self, named: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of :meth:`unflatten` for tensors ``[T, *shape]``: ``[T, D]``."""
+        return torch.cat([named[name].flatten(1) for name in self.names], dim=1)
+
+    def __call__(self, parameters: Tensor, inputs: Any) -> Any:
+        """Outputs ``[T, n, ...]`` of every task's own network, from ``[T, D]`` and inputs ``[T, n, ...]``."""
+        named = self.unflatten(parameters)
+        if parameters.shape[0] == 1:
+            # One task needs no batching rules: operations that vmap cannot batch work with chunk_size=1.
+            single = self._call(_first(named), _first(inputs))
+            return pytree.tree_map(lambda t: t.unsqueeze(0), single)
+        return vmap(self._call, randomness="different")(named, inputs)
+
+    def _call(self, named: dict[str, Tensor], inputs: Any) -> Any:
+        return functional_call(self.module, named, (inputs,))
+
+
+@dataclass(frozen=True)
+class TaskLoss:
+    """The loss of T tasks on one of their two sets: L (support) or Q (query).
+
+    Attributes:
+        model: the network.
+        loss: ``loss(outputs, targets) -> scalar`` for one task.
+        inputs: ``[T, n, ...]``.
+        targets: ``[T, n, ...]``.
+        classes: the number of outputs that the targets need, where the loss takes class indices.
+    """
+
+    model: FlatModel
+    loss: LossFunction
+    inputs: Any
+    targets: Any
+    classes: int | None = None
+
+    def outputs(self, parameters: Tensor) -> Any:
+        """The network's outputs ``[T, n, ...]`` at ``[T, D]`` parameters."""
+        outputs = self.model(parameters, self.inputs)
+        if self.classes is not None and isinstance(outputs, Tensor) and outputs.ndim > 2:
+            found = outputs.shape[2]
+            if found < self.classes:
+                raise ValueError(
+                    f"targets must lie in 0 … {found - 1}, since the backbone has {found} outputs; found "
+                    f"{self.classes - 1}. Give the backbone one output for each way, or relabel the episode to 0 … N-1."
+                )
+        return outputs
+
+    def of(self, outputs: Any) -> Tensor:
+        """The losses ``[T]`` of given outputs."""
+        if pytree.tree_leaves(outputs)[0].shape[0] == 1:
+            return self.loss(_first(outputs), _first(self.targets)).reshape(1)
+        return vmap(self.loss)(outputs, self.targets)
+
+    def value(self, parameters: Tensor) -> Tensor:
+        """The losses ``[T]`` at ``[T, D]`` parameters."""
+        return self.of(self.outputs(parameters))
+
+
+@dataclass(frozen=True)
+class InnerProblem:
+    """The inner problem of T tasks: minimise G_i(φ_i) = L_i(φ_i) + R(φ_i, θ, λ) over the rows φ_i (paper, eq. 3).
+
+    Attributes:
+        support: L, the loss on the support sets.
+        regularizer: R.
+        initial: θ as one row ``[D]``; where the inner loop starts and what R pulls towards.
+        strengths: the regulariser's learned values λ.
+    """
+
+    support: TaskLoss
+    regularizer: Regularizer
+    initial: Tensor
+    strengths: Mapping[str, Tensor]
+
+    @property
+    def tasks(self) -> int:
+        """The number of tasks T."""
+        return int(pytree.tree_leaves(self.support.targets)[0].shape[0])
+
+    def start(self) -> Tensor:
+        """θ as the first iterate of every task: ``[T, D]``."""
+        return self.initial.expand(self.tasks, -1)
+
+    def value(self, parameters: Tensor) -> Tensor:
+        """G: ``[T]``."""
+        return self.support.value(parameters) + self.regularizer.penalty(parameters, self.initial, self.strengths)
+
+    def gradient(self, parameters: Tensor) -> Tensor:
+        """∇G: ``[T, D]``, differentiable again where gradients are enabled and the parameters require them."""
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            point = parameters if parameters.requires_grad else parameters.detach().requires_grad_()
+            # Tasks do not share rows, so the gradient of the sum holds each task's own gradient.
+            (gradient,) = torch.autograd.grad(self.support.value(point).sum(), point, create_graph=create_graph)
+        return gradient + self.regularizer.gradient(parameters, self.initial, self.strengths)
+
+
+def _first(tree: Any) -> Any:
+    return pytree.tree_map(lambda t: t.squeeze(0), tree)
