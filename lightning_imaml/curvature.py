@@ -61,11 +61,12 @@ class Hessian(Curvature):
 
 @dataclass(frozen=True)
 class GaussNewton(Curvature):
-    """The generalised Gauss-Newton matrix Jᵀ H_out J + ∇²R (`Schraudolph, 2002 <https://doi.org/10.1162/08997660260028683>`_).
+    """The generalised Gauss-Newton matrix Jᵀ H_out J + ∇²R.
 
-    J is the Jacobian of the network's outputs and H_out the Hessian of the loss in the outputs. Where the loss is convex
-    in the outputs (cross-entropy, squared error) it is positive semi-definite everywhere, and it equals the Hessian
-    where the network is linear in its parameters or fits its support set exactly.
+    J is the Jacobian of the network's outputs and H_out the Hessian of the loss in the outputs
+    (`Schraudolph, 2002 <https://doi.org/10.1162/08997660260028683>`_). Where the loss is convex in the outputs
+    (cross-entropy, squared error), Jᵀ H_out J is positive semi-definite everywhere; it equals ∇²L where the network is
+    linear in its parameters or fits its support set exactly.
     """
 
     def linearize(self, problem: InnerProblem, parameters: Tensor) -> Linearization:

@@ -207,10 +207,11 @@ def _prepare(
                 )
     support_classes = _classes("support_targets", episode.support_targets, loss)
     query_classes = _classes("query_targets", episode.query_targets, outer_loss)
-    values = regularizer.init(flat) if strengths is None else dict(strengths)
-    initial = flat.initial()
 
     def chunks() -> Iterator[tuple[InnerProblem, TaskLoss]]:
+        # Made when the solves begin, outside inference mode.
+        values = regularizer.init(flat) if strengths is None else dict(strengths)
+        initial = flat.initial()
         for part in episode.split(chunk_size):
             tasks = Episode(*ordinary(tuple(part)))
             support = TaskLoss(flat, loss, tasks.support_inputs, tasks.support_targets, support_classes)

@@ -42,9 +42,10 @@ class EpisodicAccuracy(Metric):
                 "that suit them from IMAMLModule.configure_metrics."
             )
         accuracy = (outputs.argmax(dim=-1) == targets).float().mean(dim=1)
-        self.total += accuracy.sum()
-        self.squares += accuracy.square().sum()
-        self.tasks += accuracy.numel()
+        # Not in place: processes that were spawned with this metric share its first tensors.
+        self.total = self.total + accuracy.sum()
+        self.squares = self.squares + accuracy.square().sum()
+        self.tasks = self.tasks + accuracy.numel()
 
     def compute(self) -> Tensor:
         """The mean accuracy; NaN before the first task."""
@@ -52,9 +53,9 @@ class EpisodicAccuracy(Metric):
 
 
 class EpisodicInterval95(EpisodicAccuracy):
-    """Half the width of the 95 % interval of :class:`EpisodicAccuracy`: 1.96 s/√T, with s the tasks' standard deviation.
+    """Half the width of the 95 % interval of :class:`EpisodicAccuracy`.
 
-    0 for a single task, which has no deviation.
+    1.96 s/√T, with s the standard deviation over the T tasks; 0 for a single task, which has no deviation.
     """
 
     def compute(self) -> Tensor:

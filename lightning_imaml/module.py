@@ -59,9 +59,7 @@ class IMAMLModule(LightningModule):
         backbone: nn.Module | None = None,
         loss: Callable[[Any, Any], Tensor] = F.cross_entropy,
         inner_solver: InnerSolver = GradientDescent(lr=0.1, steps=16),  # noqa: B008 - frozen: sharing it is safe
-        estimator: Estimator = Implicit(  # noqa: B008
-            linear_solver=ConjugateGradient(max_iter=5), curvature=GaussNewton()
-        ),
+        estimator: Estimator = Implicit(ConjugateGradient(max_iter=5), GaussNewton()),  # noqa: B008
         regularizer: Regularizer = Proximal(strength=2.0),  # noqa: B008
         optimizer: OptimizerFactory = torch.optim.Adam,
         lr_scheduler: SchedulerFactory | None = None,
@@ -208,7 +206,8 @@ class IMAMLModule(LightningModule):
         """
         last = bool(self.trainer.is_last_batch)
         due = (batch_idx + 1) % self.accumulate_meta_batches == 0 or last
-        logged = self.trainer.global_step % max(1, getattr(self.trainer, "log_every_n_steps", 1)) == 0
+        # Lightning writes a row after every n-th step, counted from one.
+        logged = (self.trainer.global_step + 1) % max(1, getattr(self.trainer, "log_every_n_steps", 1)) == 0
         before = self._predict_initial(batch) if logged else None  # Before the step changes the initialisation.
         with phase(META_STEP):
             result = self.meta_gradient(batch)

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 import PIL
 import torch
-from fontTools.ttLib import TTFont  # type: ignore[import-untyped]
+from fontTools.ttLib import TTFont
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torchvision.datasets import Omniglot  # type: ignore[import-untyped]
+from torchvision.datasets import Omniglot
 
 from lightning_imaml.data.cache import Arrays, cached_arrays, default_cache_dir
 from lightning_imaml.data.episodic import EpisodicDataModule

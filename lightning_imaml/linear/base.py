@@ -43,8 +43,3 @@ class LinearSolver(Component, ABC):
             matvec: v ↦ A v, ``[T, D]`` to ``[T, D]``, row by row.
             rhs: b, ``[T, D]``.
         """
-
-
-def rowwise_dot(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a_i, b_i⟩ for every row: ``[T]``, without a temporary of the size of ``a``."""
-    return (a.unsqueeze(1) @ b.unsqueeze(2)).reshape(-1)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 
 from lightning_imaml.component import require
-from lightning_imaml.linear.base import LinearSolution, LinearSolver, MatVec, rowwise_dot
+from lightning_imaml.linear.base import LinearSolution, LinearSolver, MatVec
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class ConjugateGradient(LinearSolver):
         x = torch.zeros_like(rhs)
         r = rhs.clone()
         p = rhs.clone()
-        rr = norm2 = rowwise_dot(rhs, rhs)
+        rr = norm2 = vecdot(rhs, rhs)
         goal = norm2 * self.rtol**2
         active = rr > goal
         steps = torch.zeros_like(rr, dtype=torch.long)
@@ -54,17 +55,17 @@ class ConjugateGradient(LinearSolver):
             product = matvec(p)
             if self.damping:
                 product = product + self.damping * p
-            curvature = rowwise_dot(p, product)
+            curvature = vecdot(p, product)
             steps += active
             indefinite |= active & (curvature <= 0)
             active = active & (curvature > 0)
             alpha = torch.where(active, rr / curvature, 0).unsqueeze(1)
             x.addcmul_(alpha, p)
-            # A finished task's product may be infinite or NaN, which a step size of zero would not silence.
-            r = torch.where(active.unsqueeze(1), r - alpha * product, r)
-            previous, rr = rr, torch.where(active, rowwise_dot(r, r), rr)
-            active = active & (rr > goal)
+            # A finished task has a step size of zero, but its product may be infinite or NaN.
+            r.addcmul_(alpha, product.nan_to_num(), value=-1)
+            previous, rr = rr, vecdot(r, r)
             if k + 1 < self.max_iter:
-                p = r + torch.where(active, rr / previous, 0).unsqueeze(1) * p
+                p.mul_(torch.where(active, rr / previous, 0).unsqueeze(1)).add_(r)
+            active = active & (rr > goal)
         residual = torch.where(norm2 > 0, (rr / norm2).sqrt(), 0)
         return LinearSolution(x, steps, residual, residual <= self.rtol, indefinite)

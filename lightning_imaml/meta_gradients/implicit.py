@@ -20,7 +20,8 @@ from lightning_imaml.tasks import InnerProblem, TaskLoss
 class Implicit(Estimator):
     r"""The implicit meta-gradient of `iMAML <https://arxiv.org/abs/1909.04630>`_ (Lemma 1, Algorithm 2).
 
-    .. math:: (∇²L_i(φ_i) + ∇²_{φφ} R)\, u_i = ∇Q_i(φ_i), \qquad \frac{dQ_i}{dη} = -(∂_η ∇_φ G_i)^⊤ u_i, \quad η ∈ (θ, λ)
+    .. math:: (∇²L_i(φ_i) + ∇²_{φφ} R)\, u_i = ∇Q_i(φ_i), \qquad
+              \frac{dQ_i}{dη} = -(∂_η ∇_φ G_i)^⊤ u_i, \quad η ∈ (θ, λ)
 
     It depends on the solution φ_i and not on the way there, so memory does not grow with the number of inner steps. For
     :class:`~lightning_imaml.regularizers.Proximal`, dQ_i/dθ = λ u_i.

@@ -1,0 +1,18 @@
+"""Lightning callbacks that watch meta-learning; the memory monitor works in any Lightning project."""
+
+from lightning_imaml.callbacks.learning_curve import LearningCurve
+from lightning_imaml.callbacks.live_tensors import LiveTensorBytes
+from lightning_imaml.callbacks.meta_gradient_error import MetaGradientErrorMonitor
+from lightning_imaml.callbacks.peak_memory import PeakMemoryMonitor
+from lightning_imaml.callbacks.reference import ExactReference, MetaGradientError
+from lightning_imaml.callbacks.results_table import ResultsTable
+
+__all__ = [
+    "ExactReference",
+    "LearningCurve",
+    "LiveTensorBytes",
+    "MetaGradientError",
+    "MetaGradientErrorMonitor",
+    "PeakMemoryMonitor",
+    "ResultsTable",
+]

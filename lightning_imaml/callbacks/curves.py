@@ -1,0 +1,117 @@
+"""Draw training curves as panels, one for each kind of number that there is."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Points = Mapping[str, Sequence[tuple[int, float]]]
+"""Metric name to its (step, value) pairs in order."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A panel of the picture.
+
+    Attributes:
+        title: what it shows.
+        unit: the vertical axis.
+        curves: metric name to label.
+        bands: metric name to the metric that holds the half-width of its 95 % interval.
+        logarithmic: whether the vertical axis is logarithmic.
+        from_zero: whether the vertical axis begins at zero, so that heights compare.
+    """
+
+    title: str
+    unit: str
+    curves: Mapping[str, str]
+    bands: Mapping[str, str]
+    logarithmic: bool = False
+    from_zero: bool = False
+
+
+PANELS = (
+    Panel("Loss on the query sets", "loss", {"train/outer_loss": "training", "val/loss": "validation"}, {}),
+    Panel(
+        "Accuracy on the query sets",
+        "accuracy",
+        {
+            "train/accuracy_before": "training, before adaptation",
+            "train/accuracy": "training, after",
+            "val/accuracy_before": "validation, before adaptation",
+            "val/accuracy": "validation, after (95 %)",
+        },
+        {"val/accuracy": "val/accuracy_interval95"},
+    ),
+    Panel(
+        "Meta-gradient against the exact one",
+        "relative error",
+        {"meta_gradient/relative_error": "‖g − g*‖ / ‖g*‖"},
+        {},
+        logarithmic=True,
+    ),
+    Panel(
+        "Peak memory",
+        "MiB",
+        {
+            "memory/step_mib": "whole step",
+            "memory/meta_step_mib": "meta-step",
+            "memory/inner_loop_mib": "inner loop",
+            "memory/linear_solve_mib": "linear solve",
+        },
+        {},
+        from_zero=True,
+    ),
+)
+
+
+def drawn_metrics() -> list[str]:
+    """All metrics that some panel shows, bands included."""
+    return [name for panel in PANELS for name in (*panel.curves, *panel.bands.values())]
+
+
+def draw(points: Points) -> Figure:
+    """Draw the panels for which there are points, side by side."""
+    panels = [panel for panel in PANELS if any(points.get(name) for name in panel.curves)]
+    # The Figure class itself draws with Agg; pyplot would keep the figure, and the user's backend, in global state.
+    figure = Figure(figsize=(5.0 * max(len(panels), 1), 3.6), layout="constrained")
+    for index, panel in enumerate(panels):
+        _draw_panel(figure.add_subplot(1, len(panels), index + 1), panel, points)
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel, points: Points) -> None:
+    drawn: list[float] = []
+    for name, label in panel.curves.items():
+        curve = points.get(name)
+        if not curve:
+            continue
+        steps, values = zip(*curve, strict=True)
+        drawn.extend(values)
+        # Markers where a line through the points would hide how few they are.
+        (line,) = axes.plot(steps, values, label=label, marker="o" if len(curve) < 30 else None, markersize=3)
+        widths = dict(points.get(panel.bands.get(name, ""), ()))
+        if widths:
+            low, high = zip(*((v - widths.get(s, 0.0), v + widths.get(s, 0.0)) for s, v in curve), strict=True)
+            axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    if panel.logarithmic and any(math.isfinite(value) and value > 0 for value in drawn):
+        axes.set_yscale("log")
+    if panel.from_zero:
+        axes.set_ylim(bottom=0)
+    axes.set(title=panel.title, xlabel="optimizer steps", ylabel=panel.unit)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def write_csv(points: Points, path: Path) -> None:
+    """Write one row for each point: ``metric,step,value``."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("metric", "step", "value"))
+        writer.writerows((name, step, value) for name, curve in points.items() for step, value in curve)

@@ -1,0 +1,20 @@
+"""What a callback needs of the module it watches."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule
+
+
+def require_interface(callback: object, module: LightningModule, names: tuple[str, ...]) -> None:
+    """Check that the module has the attributes of ``IMAMLModule`` that the callback reads.
+
+    Raises:
+        TypeError: one is missing.
+    """
+    missing = [name for name in names if not hasattr(module, name)]
+    if missing:
+        raise TypeError(
+            f"{type(callback).__name__} needs a module with the interface of IMAMLModule; found "
+            f"{type(module).__name__}, which lacks {', '.join(missing)}. "
+            "Subclass lightning_imaml.IMAMLModule, or remove the callback."
+        )

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_imaml import Episode
+
+OMNIGLOT = Path(__file__).resolve().parents[2] / "shared" / "data" / "omniglot"
+
+
+@pytest.fixture
+def omniglot_root() -> Path:
+    if not OMNIGLOT.is_dir():
+        pytest.skip("Omniglot is not in ../shared/data/omniglot")
+    return OMNIGLOT
+
+
+class TanhNet(nn.Module):
+    """A small network with a non-convex loss, for answers from finite differences."""
+
+    def __init__(self, inputs: int = 3, hidden: int = 4, outputs: int = 2) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(inputs, hidden)
+        self.out = nn.Linear(hidden, outputs)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.hidden(inputs)))
+
+
+def regression_episode(tasks: int = 4, shots: int = 6, inputs: int = 3, outputs: int = 2, seed: int = 0) -> Episode:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return Episode(
+        draw(tasks, shots, inputs), draw(tasks, shots, outputs), draw(tasks, shots, inputs), draw(tasks, shots, outputs)
+    )
+
+
+def class_episode(
+    tasks: int = 4, ways: int = 5, shots: int = 1, queries: int = 2, shape: tuple[int, ...] = (1, 28, 28), seed: int = 0
+) -> Episode:
+    """Random images whose mean brightness tells their class, so that adaptation helps."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def images(count: int) -> Tensor:
+        noise = torch.rand(tasks, ways * count, *shape, generator=generator)
+        level = torch.arange(ways).repeat_interleave(count) / ways
+        return noise * 0.3 + level.view(1, -1, *[1] * len(shape))
+
+    def targets(count: int) -> Tensor:
+        return torch.arange(ways).repeat_interleave(count).expand(tasks, -1).contiguous()
+
+    return Episode(images(shots), targets(shots), images(queries), targets(queries))
+
+
+@pytest.fixture
+def tanh_net() -> TanhNet:
+    torch.manual_seed(0)
+    return TanhNet().double()

@@ -1,0 +1,91 @@
+"""Curvature products against dense derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TanhNet, class_episode, regression_episode
+from torch.func import functional_call, hessian, jacrev
+from torch.nn import functional as F
+
+from lightning_imaml.curvature import GaussNewton, Hessian
+from lightning_imaml.regularizers import Proximal
+from lightning_imaml.tasks import FlatModel, InnerProblem, TaskLoss
+
+CASES = {
+    "squared error": (F.mse_loss, regression_episode(3)),
+    "cross-entropy": (F.cross_entropy, class_episode(3, ways=2, queries=3, shots=3, shape=(3,))),
+    "smooth L1 of a quartic": (lambda o, t: (o - t).pow(4).mean(), regression_episode(3)),
+}
+
+
+def problem_of(loss, episode, net):
+    flat = FlatModel(net)
+    support = TaskLoss(flat, loss, episode.support_inputs.double(), episode.support_targets)
+    return InnerProblem(support, Proximal(0.7), flat.initial(), {})
+
+
+def dense(curvature, loss, net, flat, row, inputs, targets):
+    def outputs(p):
+        named = {k: v.squeeze(0) for k, v in flat.unflatten(p.unsqueeze(0)).items()}
+        return functional_call(net, named, (inputs,))
+
+    if isinstance(curvature, Hessian):
+        matrix = hessian(lambda p: loss(outputs(p), targets))(row)
+    else:
+        jacobian = jacrev(outputs)(row).flatten(0, 1)
+        out = outputs(row)
+        bend = hessian(lambda o: loss(o, targets))(out).reshape(out.numel(), out.numel())
+        matrix = jacobian.T @ bend @ jacobian
+    return matrix + 0.7 * torch.eye(len(row), dtype=row.dtype)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("curvature", [Hessian(), GaussNewton()], ids=str)
+def test_products_equal_the_dense_matrix(case, curvature):
+    loss, episode = CASES[case]
+    torch.manual_seed(1)
+    net = TanhNet().double()
+    problem = problem_of(loss, episode, net)
+    flat = problem.support.model
+    point = problem.start() + 0.3 * torch.randn(3, len(flat.initial()), dtype=torch.float64)
+    vector = torch.randn_like(point)
+    linearization = curvature.linearize(problem, point)
+    product = linearization.product(vector)
+    for i in range(3):
+        matrix = dense(
+            curvature, loss, net, flat, point[i], episode.support_inputs[i].double(), episode.support_targets[i]
+        )
+        torch.testing.assert_close(product[i], matrix @ vector[i], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        linearization.gradient, problem.gradient(point.detach()).detach(), rtol=1e-10, atol=1e-12
+    )
+    # One linearisation serves many products.
+    torch.testing.assert_close(linearization.product(vector), product)
+
+
+def test_gauss_newton_is_definite_where_the_hessian_is_not():
+    torch.manual_seed(0)
+    net = TanhNet(hidden=8).double()
+    loss, episode = F.mse_loss, regression_episode(6)
+    problem = problem_of(loss, episode, net)
+    flat = problem.support.model
+    point = problem.start() + 2.0 * torch.randn(6, len(flat.initial()), dtype=torch.float64)
+    lowest = {}
+    for curvature in (Hessian(), GaussNewton()):
+        lowest[type(curvature)] = min(
+            torch.linalg.eigvalsh(
+                dense(curvature, loss, net, flat, point[i], episode.support_inputs[i], episode.support_targets[i])
+            )[0].item()
+            for i in range(6)
+        )
+    assert lowest[GaussNewton] >= 0.7 - 1e-9
+    assert lowest[Hessian] < 0
+
+
+@pytest.mark.parametrize("curvature", [Hessian(), GaussNewton()], ids=str)
+def test_a_linear_loss_has_the_regularisers_curvature_alone(curvature):
+    net = torch.nn.Linear(3, 2).double()
+    problem = problem_of(lambda o, t: (o * t).sum(), regression_episode(2), net)
+    vector = torch.randn(2, 8, dtype=torch.float64)
+    torch.testing.assert_close(curvature.linearize(problem, problem.start()).product(vector), 0.7 * vector)

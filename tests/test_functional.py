@@ -1,0 +1,189 @@
+"""The meta-gradient against closed forms and finite differences; batching; memory; modes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TanhNet, class_episode, regression_episode
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from lightning_imaml import Episode
+from lightning_imaml.callbacks import LiveTensorBytes
+from lightning_imaml.curvature import GaussNewton, Hessian
+from lightning_imaml.functional import adapt, meta_gradient, predict
+from lightning_imaml.inner import GradientDescent
+from lightning_imaml.linear import ConjugateGradient, Direct
+from lightning_imaml.meta_gradients import FirstOrder, Implicit
+from lightning_imaml.models import Conv4
+from lightning_imaml.regularizers import Proximal
+from lightning_imaml.tasks import FlatModel
+
+TIGHT = GradientDescent(lr=0.2, steps=20_000, tol=1e-13)
+
+
+@pytest.mark.parametrize("solver", [Direct(), ConjugateGradient(max_iter=30, rtol=1e-13)], ids=["direct", "cg"])
+@pytest.mark.parametrize("curvature", [Hessian(), GaussNewton()], ids=["hessian", "gauss-newton"])
+def test_the_meta_gradient_is_the_closed_form_of_ridge_regression(solver, curvature):
+    torch.manual_seed(0)
+    strength = 0.8
+    net = nn.Linear(5, 1, bias=False).double()
+    episode = regression_episode(tasks=6, shots=8, inputs=5, outputs=1)
+    result = meta_gradient(
+        net, episode,
+        loss=F.mse_loss, inner_solver=TIGHT, estimator=Implicit(solver, curvature), regularizer=Proximal(strength),
+    )  # fmt: skip
+    x, y, xq, yq = (part.double() for part in episode)
+    theta = net.weight.detach().T
+    matrix = 2 / 8 * x.mT @ x + strength * torch.eye(5, dtype=torch.float64)
+    solution = torch.linalg.solve(matrix, 2 / 8 * x.mT @ y + strength * theta)
+    outer = 2 / 8 * xq.mT @ (xq @ solution - yq)
+    exact = strength * torch.linalg.solve(matrix, outer).mean(dim=0).T
+    torch.testing.assert_close(result.grads["weight"], exact, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(result.loss, (xq @ solution - yq).square().mean(dim=(1, 2)), rtol=1e-10, atol=1e-12)
+    assert result.linear is not None
+    assert result.linear.converged.all()
+
+
+def test_the_meta_gradient_is_that_of_central_differences(tanh_net):
+    """Through the whole pipeline, of a network whose loss is not convex."""
+    episode = regression_episode()
+    flat = FlatModel(tanh_net)
+
+    def run(row: torch.Tensor):
+        nn.utils.vector_to_parameters(row, tanh_net.parameters())
+        return meta_gradient(
+            tanh_net, episode,
+            loss=F.mse_loss, inner_solver=TIGHT, estimator=Implicit(Direct()), regularizer=Proximal(1.5),
+        )  # fmt: skip
+
+    theta, step = flat.initial(), 1e-4
+    result = run(theta)
+    assert result.adapted.converged.all()
+    gradient = torch.cat([result.grads[name].flatten() for name in flat.names])
+    differences = torch.stack(
+        [
+            (run(theta + step * unit).loss.mean() - run(theta - step * unit).loss.mean()) / (2 * step)
+            for unit in torch.eye(len(theta), dtype=torch.float64)
+        ]
+    )
+    assert (gradient - differences).norm() / differences.norm() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "estimator", [FirstOrder(), Implicit(ConjugateGradient(5), GaussNewton()), Implicit()], ids=str
+)
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 4, 9])
+def test_chunks_and_batching_do_not_change_the_result(tanh_net, estimator, chunk_size):
+    episode = regression_episode(tasks=4)
+    settings = {"loss": F.mse_loss, "estimator": estimator, "inner_solver": GradientDescent(0.1, 5)}
+    whole = meta_gradient(tanh_net, episode, **settings)
+    parts = meta_gradient(tanh_net, episode, chunk_size=chunk_size, **settings)
+    torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(parts.query_outputs, whole.query_outputs, rtol=1e-12, atol=1e-13)
+    for name in whole.grads:
+        torch.testing.assert_close(parts.grads[name], whole.grads[name], rtol=1e-10, atol=1e-12)
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = meta_gradient(tanh_net, Episode(*[part[order] for part in episode]), **settings)
+    torch.testing.assert_close(shuffled.loss, whole.loss[order], rtol=1e-12, atol=1e-13)
+    for name in whole.grads:
+        torch.testing.assert_close(shuffled.grads[name], whole.grads[name], rtol=1e-10, atol=1e-12)
+
+
+def test_first_order_is_the_query_gradient_at_the_adapted_parameters(tanh_net):
+    episode = regression_episode(tasks=3)
+    result = meta_gradient(
+        tanh_net, episode, loss=F.mse_loss, estimator=FirstOrder(), inner_solver=GradientDescent(0.1, 5)
+    )
+    expected = {name: torch.zeros_like(p) for name, p in tanh_net.named_parameters()}
+    for i in range(3):
+        own = {name: p[i].clone().requires_grad_() for name, p in result.adapted.parameters.items()}
+        loss = F.mse_loss(functional_call(tanh_net, own, (episode.query_inputs[i],)), episode.query_targets[i])
+        for name, gradient in zip(own, torch.autograd.grad(loss, list(own.values())), strict=True):
+            expected[name] += gradient / 3
+    for name, gradient in expected.items():
+        torch.testing.assert_close(result.grads[name], gradient, rtol=1e-12, atol=1e-14)
+
+
+def test_the_outer_loss_may_differ_from_the_inner_one(tanh_net):
+    episode = regression_episode()
+    settings = {"inner_solver": GradientDescent(0.1, 5)}
+    plain = meta_gradient(tanh_net, episode, loss=F.mse_loss, **settings)
+    triple = meta_gradient(tanh_net, episode, loss=F.mse_loss, outer_loss=lambda o, t: 3 * F.mse_loss(o, t), **settings)
+    torch.testing.assert_close(triple.loss, 3 * plain.loss)
+    for name in plain.grads:
+        torch.testing.assert_close(triple.grads[name], 3 * plain.grads[name])
+
+
+def test_nothing_of_the_model_is_changed(tanh_net):
+    before = {name: p.detach().clone() for name, p in tanh_net.named_parameters()}
+    meta_gradient(tanh_net, regression_episode(), loss=F.mse_loss)
+    for name, p in tanh_net.named_parameters():
+        assert p.grad is None
+        torch.testing.assert_close(p.detach(), before[name], rtol=0, atol=0)
+
+
+def test_frozen_parameters_stay_out(tanh_net):
+    tanh_net.hidden.requires_grad_(False)
+    result = meta_gradient(tanh_net, regression_episode(), loss=F.mse_loss)
+    assert set(result.grads) == {"out.weight", "out.bias"}
+
+
+def test_adapt_and_predict_work_in_inference_mode(tanh_net):
+    episode = regression_episode()
+    expected = adapt(tanh_net, episode.support_inputs, episode.support_targets, loss=F.mse_loss)
+    with torch.inference_mode():
+        inputs, targets = episode.support_inputs * 1.0, episode.support_targets * 1.0
+        assert inputs.is_inference()
+        adapted = adapt(tanh_net, inputs, targets, loss=F.mse_loss)
+        outputs = predict(tanh_net, adapted.parameters, episode.query_inputs * 1.0, chunk_size=3)
+    for name in expected.parameters:
+        torch.testing.assert_close(adapted.parameters[name], expected.parameters[name], rtol=0, atol=0)
+        assert not adapted.parameters[name].requires_grad
+    own = {name: p[2] for name, p in expected.parameters.items()}
+    torch.testing.assert_close(outputs[2], functional_call(tanh_net, own, (episode.query_inputs[2],)))
+
+
+def test_autocast_does_not_reach_the_solves(tanh_net):
+    net, episode = tanh_net.float(), Episode(*[part.float() for part in regression_episode()])
+    plain = meta_gradient(net, episode, loss=F.mse_loss)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = meta_gradient(net, episode, loss=F.mse_loss)
+    for name in plain.grads:
+        torch.testing.assert_close(cast.grads[name], plain.grads[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("estimator", [FirstOrder(), Implicit(), Implicit(curvature=GaussNewton())], ids=str)
+def test_memory_does_not_grow_with_inner_steps(estimator):
+    torch.manual_seed(0)
+    net, episode = Conv4(5, filters=8), class_episode(tasks=2)
+    peaks = []
+    for steps in (16, 64, 256):
+        with LiveTensorBytes() as live:
+            meta_gradient(net, episode, estimator=estimator, inner_solver=GradientDescent(0.01, steps))
+        peaks.append(live.peak)
+    assert max(peaks) <= 1.05 * min(peaks), peaks
+
+
+class DictNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = TanhNet().double()
+
+    def forward(self, inputs):
+        return self.net(inputs["a"] + inputs["b"])
+
+
+def test_inputs_may_be_dicts(tanh_net):
+    episode = regression_episode()
+    net = DictNet()
+    net.net.load_state_dict(tanh_net.state_dict())
+
+    def split(x):
+        return {"a": 0.25 * x, "b": 0.75 * x}
+
+    parts = episode._replace(support_inputs=split(episode.support_inputs), query_inputs=split(episode.query_inputs))
+    plain = meta_gradient(tanh_net, episode, loss=F.mse_loss, chunk_size=3)
+    split_up = meta_gradient(net, parts, loss=F.mse_loss, chunk_size=3)
+    torch.testing.assert_close(split_up.grads["net.out.weight"], plain.grads["out.weight"])

@@ -1,0 +1,154 @@
+"""Linear solvers against SciPy and dense solves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_imaml.linear import ConjugateGradient, Direct
+
+
+def spd(tasks: int, size: int, seed: int = 0, condition: float = 50.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(tasks, size, size, generator=generator, dtype=torch.float64))
+    values = torch.linspace(1, condition, size, dtype=torch.float64)
+    return (q * values) @ q.mT
+
+
+def matvec_of(matrix: Tensor):
+    return lambda v: (matrix @ v.unsqueeze(2)).squeeze(2)
+
+
+def rhs(tasks: int, size: int) -> Tensor:
+    return torch.randn(tasks, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 9])
+def test_cg_takes_the_iterates_of_scipy(steps):
+    matrix, b = spd(3, 12), rhs(3, 12)
+    ours = ConjugateGradient(max_iter=steps).solve(matvec_of(matrix), b)
+    for i in range(3):
+        iterates: list[np.ndarray] = []
+        scipy.sparse.linalg.cg(
+            matrix[i].numpy(), b[i].numpy(), rtol=0, atol=0, maxiter=steps, callback=lambda x: iterates.append(x.copy())
+        )
+        np.testing.assert_allclose(ours.value[i].numpy(), iterates[steps - 1], rtol=1e-10, atol=1e-12)
+    assert ours.steps.tolist() == [steps] * 3
+    true = (b - matvec_of(matrix)(ours.value)).norm(dim=1) / b.norm(dim=1)
+    torch.testing.assert_close(ours.residual, true, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", [ConjugateGradient(max_iter=60, rtol=1e-12), Direct()])
+def test_solvers_reach_the_dense_solution(solver):
+    matrix, b = spd(3, 12), rhs(3, 12)
+    solution = solver.solve(matvec_of(matrix), b)
+    torch.testing.assert_close(solution.value, torch.linalg.solve(matrix, b), rtol=1e-9, atol=1e-11)
+    assert solution.converged.all()
+    assert not solution.indefinite.any()
+
+
+def test_damping_is_added_to_the_diagonal():
+    matrix, b = spd(2, 8), rhs(2, 8)
+    solution = ConjugateGradient(max_iter=40, rtol=1e-12, damping=3.0).solve(matvec_of(matrix), b)
+    dense = torch.linalg.solve(matrix + 3.0 * torch.eye(8, dtype=torch.float64), b)
+    torch.testing.assert_close(solution.value, dense, rtol=1e-9, atol=1e-11)
+
+
+def test_every_task_stops_by_itself():
+    easy = torch.eye(10, dtype=torch.float64).expand(1, -1, -1) * 2
+    matrix, b = torch.cat([easy, spd(1, 10)]), rhs(2, 10)
+    solution = ConjugateGradient(max_iter=30, rtol=1e-10).solve(matvec_of(matrix), b)
+    assert solution.steps[0] == 1
+    assert solution.steps[1] >= 9
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value, torch.linalg.solve(matrix, b), rtol=1e-8, atol=1e-9)
+
+
+def test_negative_curvature_keeps_the_iterate_and_says_so():
+    indefinite = torch.diag(torch.tensor([4.0, 1.0, -2.0], dtype=torch.float64))
+    matrix = torch.stack([indefinite, torch.eye(3, dtype=torch.float64)])
+    b = torch.tensor([[1.0, 1.0, 0.5], [1.0, 2.0, 3.0]], dtype=torch.float64)
+    solution = ConjugateGradient(max_iter=10).solve(matvec_of(matrix), b)
+    assert solution.indefinite.tolist() == [True, False]
+    assert solution.converged.tolist() == [False, True]
+    assert solution.value.isfinite().all()
+    # The kept iterate is that of the positive steps alone.
+    before = ConjugateGradient(max_iter=int(solution.steps[0]) - 1).solve(matvec_of(matrix[:1]), b[:1])
+    torch.testing.assert_close(solution.value[0], before.value[0])
+    torch.testing.assert_close(solution.value[1], b[1])
+
+
+def test_indefinite_from_the_first_direction_gives_zero_and_says_so():
+    b = torch.ones(1, 3, dtype=torch.float64)
+    solution = ConjugateGradient().solve(lambda v: -v, b)
+    assert solution.indefinite.item()
+    assert not solution.converged.item()
+    assert solution.value.eq(0).all()
+    assert solution.residual.item() == 1.0
+
+
+def test_a_zero_right_hand_side_is_solved_without_a_step():
+    solution = ConjugateGradient(max_iter=4).solve(matvec_of(spd(2, 5)), torch.zeros(2, 5, dtype=torch.float64))
+    assert solution.steps.tolist() == [0, 0]
+    assert solution.converged.all()
+    assert solution.value.eq(0).all()
+
+
+def test_a_finished_task_is_not_touched_by_later_products():
+    """Its product may overflow once the task is over; the value must stay."""
+    matrix, b = spd(2, 6), rhs(2, 6)
+    calls = 0
+
+    def matvec(v: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        product = matvec_of(matrix)(v)
+        if calls > 1:
+            product[0] = float("nan")
+        return product
+
+    solution = ConjugateGradient(max_iter=6).solve(matvec, b)
+    first = ConjugateGradient(max_iter=1).solve(matvec_of(matrix), b)
+    torch.testing.assert_close(solution.value[0], first.value[0])
+    assert not solution.converged[0]
+    torch.testing.assert_close(solution.value[1], torch.linalg.solve(matrix[1], b[1]), rtol=1e-8, atol=1e-9)
+
+
+def test_direct_solves_indefinite_systems_and_says_so():
+    matrix = torch.diag(torch.tensor([1.0, -2.0], dtype=torch.float64)).unsqueeze(0)
+    solution = Direct().solve(matvec_of(matrix), torch.ones(1, 2, dtype=torch.float64))
+    torch.testing.assert_close(solution.value, torch.tensor([[1.0, -0.5]], dtype=torch.float64))
+    assert solution.indefinite.item()
+    assert solution.converged.item()
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), size=st.integers(2, 12), condition=st.floats(1.5, 1e3))
+def test_the_error_falls_in_the_a_norm(seed, size, condition):
+    matrix = spd(1, size, seed, condition)
+    b = torch.randn(1, size, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    exact = torch.linalg.solve(matrix, b)
+    previous = torch.inf
+    for steps in range(1, size + 1):
+        error = ConjugateGradient(max_iter=steps).solve(matvec_of(matrix), b).value - exact
+        energy = torch.einsum("ti,tij,tj->", error, matrix, error).sqrt().item()
+        assert energy <= previous * (1 + 1e-9) + 1e-12
+        previous = energy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"max_iter": 0}, "max_iter must be at least 1; found 0"),
+        ({"rtol": -1.0}, "rtol must be zero or positive; found -1.0"),
+        ({"damping": -0.5}, "damping must be zero or positive; found -0.5"),
+    ],
+)
+def test_bad_settings_are_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        ConjugateGradient(**arguments)
