@@ -13,11 +13,14 @@ from lightning_imaml import callbacks, curvature, data, inner, linear, meta_grad
 from lightning_imaml.module import IMAMLModule
 
 
-def main(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
-    """Run the command line.
+def run(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
+    """Run the command line in this process.
 
     Args:
         args: arguments as on the command line; None takes the process's own.
+
+    Returns:
+        The LightningCLI, with its ``trainer``, ``model`` and ``datamodule``.
     """
     # Episodes of memory-resident data need no workers; Lightning's advice to add some does not fit them.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -28,6 +31,10 @@ def main(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
         subclass_mode_data=True,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"parser_mode": "yaml"},
         args=args,
     )
+
+
+def main() -> None:
+    """What the ``lightning-imaml`` command calls."""
+    run()

@@ -1,0 +1,47 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test fast lint format benchmark clean
+
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## Make the environment in .venv
+
+$(STAMP): setup.cfg pyproject.toml requirements/learn2learn.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' 'numpy<2'
+	$(BIN)/python -m pip install --quiet --use-pep517 -r requirements/learn2learn.txt
+	touch $(STAMP)
+
+demo: $(STAMP)  ## Meta-train on the embedded letters, test on unseen ones, show the result
+	$(BIN)/python examples/quickstart.py
+
+test: $(STAMP)  ## Lint, types and all tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+fast: $(STAMP)  ## The tests that are not slow
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)  ## Lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(STAMP)  ## Compare with a plain loop over tasks
+	$(BIN)/python -m benchmarks.sequential
+
+clean:  ## Remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

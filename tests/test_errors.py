@@ -1,0 +1,157 @@
+"""Bad input: each error says the argument, the requirement, what was found and the remedy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import class_episode, regression_episode
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_imaml import Episode
+from lightning_imaml.functional import adapt, meta_gradient
+from lightning_imaml.inner import GradientDescent
+from lightning_imaml.meta_gradients import FirstOrder
+from lightning_imaml.models import Conv4, use_batch_statistics
+from lightning_imaml.regularizers import Proximal
+
+EPISODE = class_episode(tasks=3, shape=(3,))
+
+
+def linear(outputs: int = 5) -> nn.Module:
+    return nn.Linear(3, outputs)
+
+
+def run(model: nn.Module, episode: Episode = EPISODE, **settings):
+    return meta_gradient(model, episode, inner_solver=GradientDescent(0.1, 2), **settings)
+
+
+def with_targets(value: int) -> Episode:
+    targets = EPISODE.support_targets.clone()
+    targets[1, 0] = value
+    return EPISODE._replace(support_targets=targets)
+
+
+BAD_INPUT = {
+    "labels above the outputs": (
+        lambda: run(linear(4)),
+        r"targets must lie in 0 … 3, since the backbone has 4 outputs; found 4. Give the backbone one output",
+    ),
+    "negative labels": (
+        lambda: run(linear(), with_targets(-2)),
+        r"support_targets must be class indices from 0; found -2. Relabel",
+    ),
+    "labels beyond the ways": (lambda: run(linear(), with_targets(7)), r"targets must lie in 0 … 4.*found 7"),
+    "inputs of another dtype": (
+        lambda: run(linear(), EPISODE._replace(query_inputs=EPISODE.query_inputs.double())),
+        r"query_inputs must have the backbone's dtype torch.float32; found torch.float64. Convert",
+    ),
+    "parameters of mixed dtypes": (
+        lambda: run(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 5).double())),
+        r"must share one floating dtype and one device; found .*float32.*float64.*Convert it with .to",
+    ),
+    "nothing to train": (
+        lambda: run(linear().requires_grad_(False)),
+        r"at least one parameter with requires_grad=True; found none in Linear. Unfreeze",
+    ),
+    "BatchNorm with running statistics": (
+        lambda: run(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))),
+        r"must not track running statistics.*found BatchNorm1d '1'. Build it with track_running_stats=False",
+    ),
+    "chunks of nothing": (lambda: run(linear(), chunk_size=0), r"chunk_size must be at least 1.*found 0"),
+    "no task dimension": (
+        lambda: run(linear(), EPISODE._replace(query_targets=torch.zeros(10, dtype=torch.long))),
+        r"query_targets must have shape \[tasks, samples, ...\].*found \[10\].*unsqueeze\(0\)",
+    ),
+    "tasks that differ": (
+        lambda: run(linear(), EPISODE._replace(query_inputs=EPISODE.query_inputs[:2])),
+        r"query_inputs must have the same number of tasks as support_targets \(3\); found 2",
+    ),
+    "inputs without a target": (
+        lambda: run(linear(), EPISODE._replace(query_targets=EPISODE.query_targets[:, :7])),
+        r"query_targets must have one target for each query input; found 7 targets for 10 inputs",
+    ),
+    "learned strength without a gradient": (
+        lambda: run(linear(), estimator=FirstOrder(), regularizer=Proximal(1.0, learned=True)),
+        r"no learned strengths, since they have no first-order gradient; found \['log_strength'\]. Fix them",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_explained(case):
+    call, words = BAD_INPUT[case]
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_an_episode_holds_tensors_only():
+    with pytest.raises(TypeError, match=r"Episode.query_targets must hold tensors only; found float.*torch.as_tensor"):
+        run(linear(), EPISODE._replace(query_targets=1.0))
+
+
+def test_a_nan_loss_names_its_task():
+    inputs = EPISODE.support_inputs.clone()
+    inputs[1, 2, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"inner loop's gradient norm must be finite; found \[nan\] for tasks \[1\]"):
+        run(linear(), EPISODE._replace(support_inputs=inputs))
+    with pytest.raises(FloatingPointError, match=r"for tasks \[1\]"):
+        adapt(linear(), inputs, EPISODE.support_targets, inner_solver=GradientDescent(0.1, 2))
+    queries = EPISODE.query_inputs.clone()
+    queries[2, 0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"outer loss must be finite; found .* for tasks \[2\].*Check these tasks"):
+        run(linear(), EPISODE._replace(query_inputs=queries))
+
+
+def test_a_diverging_inner_loop_is_not_passed_on():
+    episode = regression_episode()
+    with pytest.raises(FloatingPointError, match="lower the inner learning rate"):
+        meta_gradient(nn.Linear(3, 2).double(), episode, loss=F.mse_loss, inner_solver=GradientDescent(1e30, 20))
+
+
+def test_ignored_targets_are_no_labels():
+    episode = with_targets(-100)
+    assert run(linear(), episode).loss.isfinite().all()
+    ignoring = nn.CrossEntropyLoss(ignore_index=-7)
+    assert run(linear(), with_targets(-7), loss=ignoring).loss.isfinite().all()
+    with pytest.raises(ValueError, match="found -100"):
+        run(linear(), episode, loss=ignoring)
+
+
+def test_batchnorm_in_evaluation_mode_is_frozen_and_works():
+    net = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)).eval()
+    statistics = net[1].running_mean.clone()
+    assert run(net).loss.isfinite().all()
+    assert net[1].running_mean.equal(statistics)
+
+
+def test_use_batch_statistics_is_the_remedy():
+    net = use_batch_statistics(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)))
+    trained = run(net.train()).loss
+    assert run(net.eval()).loss.equal(trained), "the same statistics in training and in evaluation"
+
+
+def test_conv4_takes_the_image_sizes_of_the_papers():
+    assert Conv4(5)(torch.rand(2, 1, 28, 28)).shape == (2, 5)
+    assert Conv4(20, channels=3, filters=32, image_size=84)(torch.rand(2, 3, 84, 84)).shape == (2, 20)
+    filters, blocks = 64, 3
+    expected = (9 + 1) * filters + blocks * (9 * filters + 1) * filters + 4 * 2 * filters + (4 * filters + 1) * 5
+    assert sum(p.numel() for p in Conv4(5).parameters()) == expected
+
+
+def test_one_parameter_set_may_be_shared():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 3, bias=False)
+            self.b = nn.Linear(3, 3, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x)))
+
+    torch.manual_seed(0)
+    net = Tied().double()
+    episode = regression_episode(outputs=3)
+    result = meta_gradient(net, episode, loss=F.mse_loss, inner_solver=GradientDescent(0.1, 3))
+    assert set(result.grads) == {"a.weight"}

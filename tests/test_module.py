@@ -1,0 +1,299 @@
+"""IMAMLModule under the Trainer."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from conftest import TanhNet, class_episode, regression_episode
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_imaml import Episode, IMAMLModule, functional
+from lightning_imaml.curvature import GaussNewton
+from lightning_imaml.inner import GradientDescent
+from lightning_imaml.linear import ConjugateGradient
+from lightning_imaml.meta_gradients import FirstOrder, Implicit
+from lightning_imaml.regularizers import Proximal
+
+SHAPE = (1, 8, 8)
+
+
+def network(ways: int = 5) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, ways))
+
+
+def collate(episodes: list[Episode]) -> Episode:
+    return Episode(*[torch.cat(parts) for parts in zip(*episodes, strict=True)])
+
+
+def loader(batches: int = 4, tasks: int = 3, make=functools.partial(class_episode, shape=SHAPE)) -> DataLoader:
+    return DataLoader([make(tasks=tasks, seed=k) for k in range(batches)], batch_size=1, collate_fn=collate)
+
+
+def trainer(**settings) -> Trainer:
+    defaults = {
+        "max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "accelerator": "cpu", "devices": 1, "log_every_n_steps": 1,
+    }  # fmt: skip
+    return Trainer(**defaults | settings)
+
+
+def module(**settings) -> IMAMLModule:
+    torch.manual_seed(0)
+    defaults = {"backbone": network(), "inner_solver": GradientDescent(0.1, 3), "regularizer": Proximal(0.5)}
+    return IMAMLModule(**defaults | settings)
+
+
+def weights(model: nn.Module) -> Tensor:
+    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+def test_fit_validate_test_predict_under_a_default_trainer():
+    model, run = module(), trainer(max_epochs=6)
+    run.fit(model, loader(), loader(2))
+    logged = run.callback_metrics
+    for name in (
+        "train/outer_loss", "train/accuracy", "train/accuracy_before", "train/inner_residual", "train/linear_residual",
+        "train/linear_steps", "train/indefinite", "val/loss", "val/accuracy", "val/accuracy_before",
+        "val/accuracy_interval95", "val/inner_residual",
+    ):  # fmt: skip
+        assert name in logged, name
+        assert torch.isfinite(logged[name]), name
+    assert logged["val/accuracy"] > logged["val/accuracy_before"]
+    (validated,) = run.validate(model, loader(2), verbose=False)
+    assert validated["val/accuracy"] == pytest.approx(logged["val/accuracy"].item())
+    (tested,) = run.test(model, loader(2), verbose=False)
+    assert tested["test/accuracy"] == pytest.approx(validated["val/accuracy"])
+    (first, _) = run.predict(model, loader(2))
+    assert first.shape == (3, 10, 5)
+    targets = class_episode(tasks=3, shape=SHAPE, seed=0).query_targets
+    outputs = torch.cat(run.predict(model, loader(2)))
+    both = torch.cat([targets, class_episode(tasks=3, shape=SHAPE, seed=1).query_targets])
+    assert (outputs.argmax(-1) == both).float().mean().item() == pytest.approx(tested["test/accuracy"])
+
+
+def test_a_meta_step_is_the_optimizers_step_along_the_meta_gradient():
+    model = module(optimizer=functools.partial(torch.optim.SGD, lr=0.5))
+    start = weights(model)
+    episode = class_episode(tasks=3, shape=SHAPE, seed=0)
+    result = model.meta_gradient(episode)
+    trainer(max_steps=1).fit(model, loader(1))
+    gradient = torch.cat([result.grads[name].flatten() for name, _ in model.backbone.named_parameters()])
+    torch.testing.assert_close(weights(model), start - 0.5 * gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_meta_training_learns():
+    model = module(optimizer=functools.partial(torch.optim.Adam, lr=1e-2))
+    fresh = trainer().validate(model, loader(8), verbose=False)[0]
+    trainer(max_epochs=15).fit(model, loader(8))
+    trained = trainer().validate(model, loader(8), verbose=False)[0]
+    assert trained["val/loss"] < 0.6 * fresh["val/loss"]
+
+
+def test_accumulating_batches_is_one_larger_batch():
+    small = module(accumulate_meta_batches=2, optimizer=functools.partial(torch.optim.SGD, lr=0.5)).double()
+    large = module(optimizer=functools.partial(torch.optim.SGD, lr=0.5)).double()
+
+    def doubled(seeds: list[int]) -> Episode:
+        parts = [class_episode(tasks=2, shape=SHAPE, seed=k) for k in seeds]
+        joined = collate(parts)
+        return joined._replace(
+            support_inputs=joined.support_inputs.double(), query_inputs=joined.query_inputs.double()
+        )
+
+    run = trainer()
+    run.fit(small, DataLoader([doubled([k]) for k in range(4)], batch_size=1, collate_fn=collate))
+    assert run.global_step == 2
+    trainer().fit(large, DataLoader([doubled([0, 1]), doubled([2, 3])], batch_size=1, collate_fn=collate))
+    torch.testing.assert_close(weights(small), weights(large), rtol=1e-10, atol=1e-12)
+
+
+def test_the_last_batches_of_an_epoch_are_not_lost():
+    model, run = module(accumulate_meta_batches=3), trainer()
+    run.fit(model, loader(4))
+    assert run.global_step == 2
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_gradient_is_clipped_to_its_norm():
+    start = weights(module())
+    model = module(gradient_clip_val=1e-3, optimizer=functools.partial(torch.optim.SGD, lr=1.0))
+    trainer(max_steps=1).fit(model, loader(1))
+    assert (weights(model) - start).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_scheduler_steps_after_every_meta_step():
+    schedule = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    model = module(optimizer=functools.partial(torch.optim.SGD, lr=1.0), lr_scheduler=schedule)
+    run = trainer(max_epochs=1)
+    run.fit(model, loader(3))
+    assert run.optimizers[0].param_groups[0]["lr"] == 0.125
+
+
+class Scheduled(IMAMLModule):
+    monitor = "val/loss"
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0, threshold=1e9)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": plateau, "monitor": self.monitor, "interval": "epoch", "frequency": 2},
+        }
+
+
+def test_a_plateau_scheduler_sees_its_monitor_by_epoch_and_frequency():
+    model = Scheduled(network(), inner_solver=GradientDescent(0.1, 1))
+    run = trainer(max_epochs=5)
+    run.fit(model, loader(1), loader(1))
+    # Called after epochs 2 and 4: the first call sets the best value, the second finds no improvement.
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+def test_an_unknown_monitor_is_explained():
+    model = Scheduled(network(), inner_solver=GradientDescent(0.1, 1))
+    model.monitor = "val/typo"
+    with pytest.raises(ValueError, match=r"monitor must be a logged quantity; found 'val/typo', logged are \['train"):
+        trainer(max_epochs=2).fit(model, loader(1), loader(1))
+
+
+def test_a_learned_strength_is_trained_and_saved(tmp_path):
+    model = module(
+        regularizer=Proximal(0.5, learned=True),
+        estimator=Implicit(ConjugateGradient(5), GaussNewton()),
+        optimizer=functools.partial(torch.optim.Adam, lr=0.05),
+    )
+    start = model.strengths["log_strength"].item()
+    run = trainer(max_epochs=2)
+    run.fit(model, loader())
+    learned = model.strengths["log_strength"].item()
+    assert learned != start
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = IMAMLModule.load_from_checkpoint(tmp_path / "model.ckpt", backbone=network())
+    assert loaded.strengths["log_strength"].item() == learned
+    assert loaded.regularizer == Proximal(0.5, learned=True)
+
+
+class OwnNetwork(IMAMLModule):
+    def configure_backbone(self):
+        return network(self.hparams.ways)
+
+
+class Data(LightningDataModule):
+    def __init__(self, ways: int = 5, shots: int = 1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+    def train_dataloader(self):
+        return loader(2)
+
+
+def test_a_subclass_builds_its_network_for_the_data(tmp_path):
+    """The example of the documentation: the network needs the data module's ways."""
+    model, run = OwnNetwork(inner_solver=GradientDescent(0.1, 2, tol=1e-3), estimator=FirstOrder()), trainer()
+    run.fit(model, datamodule=Data())
+    assert model.hparams.ways == 5
+    assert model.backbone[-1].out_features == 5
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = OwnNetwork.load_from_checkpoint(tmp_path / "model.ckpt")
+    torch.testing.assert_close(weights(loaded), weights(model), rtol=0, atol=0)
+    assert loaded.inner_solver == GradientDescent(0.1, 2, tol=1e-3)
+    assert loaded.estimator == FirstOrder()
+    episode = class_episode(tasks=2, shape=SHAPE)
+    adapted = loaded.adapt(episode.support_inputs, episode.support_targets)
+    expected = model.adapt(episode.support_inputs, episode.support_targets)
+    torch.testing.assert_close(adapted.parameters["3.bias"], expected.parameters["3.bias"], rtol=0, atol=0)
+
+
+def test_a_module_without_a_network_is_explained():
+    with pytest.raises(NotImplementedError, match="found no backbone. Pass backbone=..., or override"):
+        trainer().fit(IMAMLModule(), loader(1))
+
+
+class WeightedInner(IMAMLModule):
+    def inner_loss(self, outputs, targets):
+        return 2 * F.mse_loss(outputs, targets)
+
+
+def test_losses_can_be_overridden_and_regression_works():
+    torch.manual_seed(0)
+    net, episode = TanhNet().double(), regression_episode()
+    model = WeightedInner(net, loss=F.mse_loss, inner_solver=GradientDescent(0.1, 3))
+    expected = functional.meta_gradient(
+        net, episode, loss=lambda o, t: 2 * F.mse_loss(o, t), outer_loss=F.mse_loss,
+        inner_solver=GradientDescent(0.1, 3), estimator=model.estimator, regularizer=model.regularizer,
+    )  # fmt: skip
+    found = model.meta_gradient(episode)
+    for name in expected.grads:
+        torch.testing.assert_close(found.grads[name], expected.grads[name])
+    data = loader(2, make=regression_episode)
+    run = trainer()
+    run.fit(model, data, data)
+    assert "val/loss" in run.callback_metrics
+    assert "val/accuracy" not in run.callback_metrics
+
+
+def test_most_tasks_indefinite_is_told_once():
+    model = IMAMLModule(
+        TanhNet().double(),
+        loss=lambda o, t: -F.mse_loss(o, t) * 5,
+        inner_solver=GradientDescent(0.01, 1),
+        estimator=Implicit(ConjugateGradient(5)),
+        regularizer=Proximal(1e-3),
+    )
+    with pytest.warns(UserWarning, match=r"indefinite for \d+% of this batch's tasks.*GaussNewton") as caught:
+        trainer(max_epochs=2).fit(model, loader(2, make=regression_episode))
+    assert sum("indefinite" in str(w.message) for w in caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"gradient_clip_val": 0.0}, "gradient_clip_val must be positive or None for no clipping; found 0.0"),
+        ({"accumulate_meta_batches": 0}, "accumulate_meta_batches must be at least 1; found 0"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1; found 0"),
+    ],
+)
+def test_bad_settings_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        module(**settings)
+
+
+def fit_double(processes: int, tasks: int) -> Tensor:
+    """Four batches of 4 tasks in all, shared out among the processes; the weights after the fit."""
+    seed_everything(0)
+    episodes = [
+        Episode(*[part.double() if part.is_floating_point() else part for part in class_episode(1, shape=SHAPE, seed=k)])
+        for k in range(16)
+    ]
+    model = module(regularizer=Proximal(0.5, learned=True)).double()
+    run = trainer(devices=processes, strategy="ddp_fork" if processes > 1 else "auto")
+    run.fit(model, DataLoader(episodes, batch_size=tasks, collate_fn=collate))
+    return weights(model)
+
+
+@pytest.mark.slow  # Starts two processes: the one proof that the meta-gradient is averaged over them.
+def test_two_processes_take_the_step_of_one(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+        "from test_module import fit_double\n"
+        "if __name__ == '__main__':\n"
+        "    torch.save(fit_double(int(sys.argv[2]), int(sys.argv[3])), sys.argv[4])\n"
+    )
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.pt"
+        command = [sys.executable, str(script), str(Path(__file__).parent), str(processes), str(4 // processes), str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[processes] = torch.load(out)
+    torch.testing.assert_close(found[2], found[1], rtol=1e-10, atol=1e-12)
