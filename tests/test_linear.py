@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_imaml.linear import ConjugateGradient, Direct
+from lightning_imaml.linear import ConjugateGradient, Direct, MinRes
 
 
 def spd(tasks: int, size: int, seed: int = 0, condition: float = 50.0) -> Tensor:
@@ -43,13 +43,48 @@ def test_cg_takes_the_iterates_of_scipy(steps):
     torch.testing.assert_close(ours.residual, true, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("solver", [ConjugateGradient(max_iter=60, rtol=1e-12), Direct()])
+@pytest.mark.parametrize("solver", [ConjugateGradient(max_iter=60, rtol=1e-12), MinRes(60, 1e-12), Direct()])
 def test_solvers_reach_the_dense_solution(solver):
     matrix, b = spd(3, 12), rhs(3, 12)
     solution = solver.solve(matvec_of(matrix), b)
     torch.testing.assert_close(solution.value, torch.linalg.solve(matrix, b), rtol=1e-9, atol=1e-11)
     assert solution.converged.all()
     assert not solution.indefinite.any()
+
+
+def symmetric(tasks: int, size: int) -> Tensor:
+    matrix = torch.randn(tasks, size, size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return matrix + matrix.mT
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 9])
+def test_minres_takes_the_iterates_of_scipy_on_indefinite_systems(steps):
+    matrix, b = symmetric(3, 12), rhs(3, 12)
+    ours = MinRes(max_iter=steps).solve(matvec_of(matrix), b)
+    for i in range(3):
+        iterates: list[np.ndarray] = []
+        scipy.sparse.linalg.minres(
+            matrix[i].numpy(), b[i].numpy(), rtol=1e-300, maxiter=steps, callback=lambda x: iterates.append(x.copy())
+        )
+        np.testing.assert_allclose(ours.value[i].numpy(), iterates[steps - 1], rtol=1e-8, atol=1e-10)
+    true = (b - matvec_of(matrix)(ours.value)).norm(dim=1) / b.norm(dim=1)
+    torch.testing.assert_close(ours.residual, true, rtol=1e-8, atol=1e-10)
+
+
+def test_minres_solves_indefinite_systems_and_tells_them_apart():
+    matrix, b = torch.cat([symmetric(2, 8), spd(1, 8)]), rhs(3, 8)
+    solution = MinRes(max_iter=40, rtol=1e-10).solve(matvec_of(matrix), b)
+    torch.testing.assert_close(solution.value, torch.linalg.solve(matrix, b), rtol=1e-7, atol=1e-8)
+    assert solution.converged.all()
+    assert solution.indefinite.tolist() == [True, True, False]
+
+
+def test_minres_ends_at_the_least_residual_of_a_singular_system():
+    matrix = torch.diag(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)).unsqueeze(0)
+    solution = MinRes(max_iter=10, rtol=1e-12).solve(matvec_of(matrix), torch.ones(1, 3, dtype=torch.float64))
+    assert solution.value.isfinite().all()
+    assert not solution.converged.item()
+    torch.testing.assert_close(solution.residual, torch.tensor([3.0], dtype=torch.float64).rsqrt(), rtol=1e-9, atol=0)
 
 
 def test_damping_is_added_to_the_diagonal():
@@ -92,8 +127,9 @@ def test_indefinite_from_the_first_direction_gives_zero_and_says_so():
     assert solution.residual.item() == 1.0
 
 
-def test_a_zero_right_hand_side_is_solved_without_a_step():
-    solution = ConjugateGradient(max_iter=4).solve(matvec_of(spd(2, 5)), torch.zeros(2, 5, dtype=torch.float64))
+@pytest.mark.parametrize("solver", [ConjugateGradient(max_iter=4), MinRes(max_iter=4)])
+def test_a_zero_right_hand_side_is_solved_without_a_step(solver):
+    solution = solver.solve(matvec_of(spd(2, 5)), torch.zeros(2, 5, dtype=torch.float64))
     assert solution.steps.tolist() == [0, 0]
     assert solution.converged.all()
     assert solution.value.eq(0).all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -24,6 +24,7 @@ class Panel:
         unit: the vertical axis.
         curves: metric name to label.
         bands: metric name to the metric that holds the half-width of its 95 % interval.
+        trusted: metric name to the metric that is 0 where its points are not to be trusted; those are hollow.
         logarithmic: whether the vertical axis is logarithmic.
         from_zero: whether the vertical axis begins at zero, so that heights compare.
     """
@@ -31,13 +32,14 @@ class Panel:
     title: str
     unit: str
     curves: Mapping[str, str]
-    bands: Mapping[str, str]
+    bands: Mapping[str, str] = field(default_factory=dict)
+    trusted: Mapping[str, str] = field(default_factory=dict)
     logarithmic: bool = False
     from_zero: bool = False
 
 
 PANELS = (
-    Panel("Loss on the query sets", "loss", {"train/outer_loss": "training", "val/loss": "validation"}, {}),
+    Panel("Loss on the query sets", "loss", {"train/outer_loss": "training", "val/loss": "validation"}),
     Panel(
         "Accuracy on the query sets",
         "accuracy",
@@ -52,8 +54,8 @@ PANELS = (
     Panel(
         "Meta-gradient against the exact one",
         "relative error",
-        {"meta_gradient/relative_error": "‖g − g*‖ / ‖g*‖"},
-        {},
+        {"meta_gradient/relative_error": "‖g − g*‖ / ‖g*‖ (hollow: g* not converged)"},
+        trusted={"meta_gradient/relative_error": "meta_gradient/reference_converged"},
         logarithmic=True,
     ),
     Panel(
@@ -65,24 +67,25 @@ PANELS = (
             "memory/inner_loop_mib": "inner loop",
             "memory/linear_solve_mib": "linear solve",
         },
-        {},
         from_zero=True,
     ),
 )
 
 
 def drawn_metrics() -> list[str]:
-    """All metrics that some panel shows, bands included."""
-    return [name for panel in PANELS for name in (*panel.curves, *panel.bands.values())]
+    """All metrics that some panel shows or marks its points by."""
+    return [name for panel in PANELS for name in (*panel.curves, *panel.bands.values(), *panel.trusted.values())]
 
 
 def draw(points: Points) -> Figure:
-    """Draw the panels for which there are points, side by side."""
+    """Draw the panels for which there are points, two in a row."""
     panels = [panel for panel in PANELS if any(points.get(name) for name in panel.curves)]
     # The Figure class itself draws with Agg; pyplot would keep the figure, and the user's backend, in global state.
-    figure = Figure(figsize=(5.0 * max(len(panels), 1), 3.6), layout="constrained")
+    columns = min(2, max(1, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
+    figure = Figure(figsize=(5.0 * columns, 3.4 * rows), layout="constrained")
     for index, panel in enumerate(panels):
-        _draw_panel(figure.add_subplot(1, len(panels), index + 1), panel, points)
+        _draw_panel(figure.add_subplot(rows, columns, index + 1), panel, points)
     return figure
 
 
@@ -100,6 +103,10 @@ def _draw_panel(axes: Axes, panel: Panel, points: Points) -> None:
         if widths:
             low, high = zip(*((v - widths.get(s, 0.0), v + widths.get(s, 0.0)) for s, v in curve), strict=True)
             axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        doubtful = [s for s, value in points.get(panel.trusted.get(name, ""), ()) if not value]
+        hollow = [(s, value) for s, value in curve if s in doubtful]
+        if hollow:
+            axes.plot(*zip(*hollow, strict=True), "o", color=line.get_color(), markerfacecolor="white", markersize=5)
     if panel.logarithmic and any(math.isfinite(value) and value > 0 for value in drawn):
         axes.set_yscale("log")
     if panel.from_zero:

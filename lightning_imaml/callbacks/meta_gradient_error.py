@@ -45,7 +45,7 @@ class MetaGradientErrorMonitor(Callback):
         tasks: how many tasks of the batch to use.
         reference_steps: the most inner steps of the reference.
         reference_tol: the reference's absolute tolerance on ‖∇_φ G‖.
-        reference_linear_steps: the most conjugate gradient iterations of the reference.
+        reference_linear_steps: the most MINRES iterations of the reference.
         reference_rtol: the reference's relative tolerance on the linear system.
         direct_limit: the most parameters for which the linear system is factorised instead.
         double: compute the reference in float64, see ``ExactReference``.

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from lightning_imaml.curvature import Hessian
 from lightning_imaml.episodes import Episode
 from lightning_imaml.functional import MetaGradient, meta_gradient
-from lightning_imaml.linear import ConjugateGradient, Direct, LinearSolver
+from lightning_imaml.linear import Direct, LinearSolver, MinRes
 from lightning_imaml.meta_gradients import Implicit
 
 
@@ -45,14 +45,15 @@ class ExactReference:
     """The meta-gradient with both of its problems solved to a tight tolerance.
 
     From the same initialisation, the same kind of inner solver goes on until ‖∇_φ G‖ ≤ ``tol``; then the system with
-    the exact Hessian is solved, by ``Direct`` up to ``direct_limit`` parameters and by conjugate gradient beyond. The
-    result is the paper's exact meta-gradient (arXiv 1909.04630, Lemma 1) to within the tolerances. A backbone that
-    draws random numbers, as dropout does, has no such gradient: its reference does not converge, and says so.
+    the exact Hessian is solved, by ``Direct`` up to ``direct_limit`` parameters and by ``MinRes`` beyond, which an
+    indefinite Hessian does not stop. The result is the paper's exact meta-gradient (arXiv 1909.04630, Lemma 1) to
+    within the tolerances. A backbone that draws random numbers, as dropout does, has no such gradient: its reference
+    does not converge, and says so.
 
     Args:
         steps: the most inner steps.
         tol: absolute tolerance of the inner problem, on ‖∇_φ G‖.
-        linear_steps: the most conjugate gradient iterations.
+        linear_steps: the most MINRES iterations.
         rtol: relative tolerance of the linear system.
         direct_limit: the most parameters D for ``Direct``, which needs D Hessian products and D² numbers a task.
         double: compute in float64. In float32 a Hessian product is good to about 1e-6 of the largest eigenvalue, and
@@ -85,7 +86,7 @@ class ExactReference:
 
     def linear_solver(self, size: int) -> LinearSolver:
         """The linear solver for ``size`` parameters."""
-        return Direct() if size <= self.direct_limit else ConjugateGradient(self.linear_steps, rtol=self.rtol)
+        return Direct() if size <= self.direct_limit else MinRes(self.linear_steps, rtol=self.rtol)
 
     def meta_gradient(
         self,

@@ -3,5 +3,6 @@
 from lightning_imaml.linear.base import LinearSolution, LinearSolver
 from lightning_imaml.linear.conjugate_gradient import ConjugateGradient
 from lightning_imaml.linear.direct import Direct
+from lightning_imaml.linear.minres import MinRes
 
-__all__ = ["ConjugateGradient", "Direct", "LinearSolution", "LinearSolver"]
+__all__ = ["ConjugateGradient", "Direct", "LinearSolution", "LinearSolver", "MinRes"]

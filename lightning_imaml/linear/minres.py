@@ -1,0 +1,81 @@
+"""The minimum residual method for many systems at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.linalg import vecdot, vector_norm
+
+from lightning_imaml.component import require
+from lightning_imaml.linear.base import LinearSolution, LinearSolver, MatVec
+
+
+@dataclass(frozen=True)
+class MinRes(LinearSolver):
+    """MINRES (`Paige and Saunders, 1975 <https://doi.org/10.1137/0712047>`_) from x = 0, for indefinite systems too.
+
+    The Lanczos process makes A tridiagonal, and Givens rotations minimise ‖b − Ax‖ over the Krylov space, so that the
+    residual never grows. ``indefinite`` comes from the signs of the tridiagonal matrix's pivots: it says that A has a
+    direction of negative curvature in that space. Tasks stop by themselves, by masks on the device. SciPy's equivalent
+    is ``scipy.sparse.linalg.minres``.
+
+    Args:
+        max_iter: the most iterations, one product with A each.
+        rtol: a task stops when ‖r‖ ≤ rtol ‖b‖. 0 runs all iterations.
+
+    Raises:
+        ValueError: ``max_iter`` is below 1 or ``rtol`` is negative.
+    """
+
+    max_iter: int = 5
+    rtol: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.max_iter >= 1, self, "max_iter", "at least 1", self.max_iter, "It needs one product each.")
+        require(self.rtol >= 0, self, "rtol", "zero or positive", self.rtol, "Use 0 to run all iterations.")
+
+    def solve(self, matvec: MatVec, rhs: Tensor) -> LinearSolution:
+        """Solve A x = b for every task, see :meth:`LinearSolver.solve`."""
+        norm = vector_norm(rhs, dim=1)
+        zero = torch.zeros_like(norm)
+        x = torch.zeros_like(rhs)
+        direction, older_direction = torch.zeros_like(rhs), torch.zeros_like(rhs)
+        older, v = torch.zeros_like(rhs), _divide(rhs, norm)
+        phi, beta, cos, sin, delta, epsilon, pivot = norm, zero, zero - 1, zero, zero, zero, zero
+        active = norm > 0
+        scale = zero
+        steps = torch.zeros_like(norm, dtype=torch.long)
+        indefinite = torch.zeros_like(active)
+        for _ in range(self.max_iter):
+            # Lanczos: A v_k = β_k v_{k-1} + α_k v_k + β_{k+1} v_{k+1}.
+            product = matvec(v).nan_to_num()
+            alpha = vecdot(v, product)
+            pivot = alpha - torch.where(pivot != 0, beta.square() / pivot, 0)
+            indefinite |= active & (pivot <= 0)
+            product = product - alpha.unsqueeze(1) * v - beta.unsqueeze(1) * older
+            beta = vector_norm(product, dim=1)
+            older, v = v, _divide(product, beta)
+            # The rotations of the last two columns, then this column's own.
+            second, first = cos * delta + sin * alpha, sin * delta - cos * alpha
+            pulled, epsilon, delta = epsilon, sin * beta, -cos * beta
+            gamma = torch.hypot(first, beta)
+            # Below rounding, the Krylov space is exhausted or A singular in it: what follows would be noise.
+            scale = torch.maximum(scale, torch.maximum(alpha.abs(), beta))
+            noise = 10 * torch.finfo(rhs.dtype).eps * scale
+            cos, sin = torch.where(gamma > 0, first / gamma, 0), torch.where(gamma > 0, beta / gamma, 0)
+            following = _divide(older - second.unsqueeze(1) * direction - pulled.unsqueeze(1) * older_direction, gamma)
+            older_direction, direction = direction, following
+            moving = active & (gamma > noise)
+            steps += active
+            x.addcmul_(torch.where(moving, cos * phi, 0).unsqueeze(1), direction)
+            phi = torch.where(moving, sin * phi, phi)
+            active = moving & (phi > self.rtol * norm) & (beta > noise)
+        residual = torch.where(norm > 0, phi / norm, 0)
+        return LinearSolution(x, steps, residual, residual <= self.rtol, indefinite)
+
+
+def _divide(rows: Tensor, by: Tensor) -> Tensor:
+    """Rows over their own divisors; zero where that is zero, which ends a Krylov space."""
+    return rows * torch.where(by > 0, 1 / by, 0).unsqueeze(1)
