@@ -118,8 +118,8 @@ def main() -> None:
     flat = {name: torch.cat([g.flatten() for g in grads.values()]) for name, grads in results.items()}
     difference = (flat["lightning_imaml"] - flat["sequential loop"]).norm() / flat["sequential loop"].norm()
     data = "real Omniglot" if arguments.root else "random images"
-    print(f"{data}, 5-way 1-shot, {arguments.queries} queries a class, {arguments.tasks} tasks, Conv4-64, {steps} GD steps,")
-    print(f"{cg_steps} CG steps, float32, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{data}, 5-way 1-shot, {arguments.queries} queries a class, {arguments.tasks} tasks, Conv4-64, float32")
+    print(f"{steps} GD steps, {cg_steps} CG steps; {torch.get_num_threads()} threads, torch {torch.__version__}")
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, median in medians.items():
         print(f"{name:>16}: {1e3 * median / arguments.tasks:7.1f} ms a task")

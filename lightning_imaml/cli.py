@@ -16,6 +16,9 @@ from lightning_imaml.module import IMAMLModule
 def run(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
     """Run the command line in this process.
 
+    With ``--ckpt_path``, the checkpoint's own settings of the module win over the command line's, as in any
+    LightningCLI. To keep what ``predict`` returns, add a ``lightning.pytorch.callbacks.BasePredictionWriter``.
+
     Args:
         args: arguments as on the command line; None takes the process's own.
 
@@ -24,6 +27,8 @@ def run(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
     """
     # Episodes of memory-resident data need no workers; Lightning's advice to add some does not fit them.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Scripts pass their own options on in ``args``, and mean it.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended.*")
     return LightningCLI(
         IMAMLModule,
         LightningDataModule,
@@ -31,6 +36,8 @@ def run(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
         subclass_mode_data=True,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
+        # The module has its own optimizer and lr_scheduler: one way to set them.
+        auto_configure_optimizers=False,
         args=args,
     )
 

@@ -74,6 +74,11 @@ class GaussNewton(Curvature):
         with torch.enable_grad():
             point = parameters.detach().requires_grad_()
             outputs = problem.support.outputs(point)
+            if not isinstance(outputs, Tensor):
+                raise TypeError(
+                    f"GaussNewton: the backbone's outputs must be one tensor; found {type(outputs).__name__}. "
+                    "Return one tensor, or use curvature=Hessian()."
+                )
             cut = outputs.detach().requires_grad_()
             (slope,) = torch.autograd.grad(problem.support.of(cut).sum(), cut, create_graph=True)
             (gradient,) = torch.autograd.grad(outputs, point, slope.detach(), retain_graph=True)

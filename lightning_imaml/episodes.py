@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,21 @@ class Episode(NamedTuple):
     query_inputs: Any
     query_targets: Any
 
+    @classmethod
+    def of(cls, batch: Sequence[Any]) -> Episode:
+        """Take a data loader's batch, which a collate function may have made a list, for an episode.
+
+        Raises:
+            TypeError: it does not have the four parts.
+        """
+        if not isinstance(batch, (tuple, list)) or len(batch) != len(cls._fields):
+            found = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
+            raise TypeError(
+                f"a batch must be an Episode of {', '.join(cls._fields)}; found {found}. Use an EpisodicDataModule, or "
+                "a data loader whose collate function returns Episode(...)."
+            )
+        return cls(*batch)
+
     @property
     def tasks(self) -> int:
         """The number of tasks T."""
@@ -49,28 +65,33 @@ class Episode(NamedTuple):
             ValueError: a part is empty, or the parts disagree on the number of tasks or of samples a task.
         """
         samples: dict[str, int] = {}
+        tasks: dict[str, int] = {}
         for name, part in self._asdict().items():
-            for leaf in pytree.tree_leaves(part):
-                if not isinstance(leaf, Tensor):
-                    raise TypeError(
-                        f"Episode.{name} must hold tensors only; found {type(leaf).__name__}. "
-                        "Convert it with torch.as_tensor, or leave it out of the episode."
-                    )
+            leaves = pytree.tree_leaves(part)
+            if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+                kinds = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)})
+                raise TypeError(
+                    f"Episode.{name} must hold tensors only, at least one; found {', '.join(kinds) or 'nothing'}. "
+                    "Convert it with torch.as_tensor, or leave it out of the episode."
+                )
+            for leaf in leaves:
                 if leaf.ndim < 2 or 0 in leaf.shape[:2]:
                     raise ValueError(
                         f"Episode.{name} must have shape [tasks, samples, ...] with at least one of each; "
                         f"found {list(leaf.shape)}. For a single task, add a leading dimension with .unsqueeze(0)."
                     )
-                if leaf.shape[0] != self.tasks:
+                shape = (tasks.setdefault(name, leaf.shape[0]), samples.setdefault(name, leaf.shape[1]))
+                if leaf.shape[:2] != shape:
                     raise ValueError(
-                        f"Episode.{name} must have the same number of tasks as support_targets ({self.tasks}); "
-                        f"found {leaf.shape[0]}. Stack the same tasks in all four parts."
+                        f"the tensors of Episode.{name} must agree on [tasks, samples]; found {list(shape)} and "
+                        f"{list(leaf.shape[:2])}. Stack the same samples in all of them."
                     )
-                if samples.setdefault(name, leaf.shape[1]) != leaf.shape[1]:
-                    raise ValueError(
-                        f"the tensors of Episode.{name} must agree on the number of samples a task; "
-                        f"found {samples[name]} and {leaf.shape[1]}."
-                    )
+        for name, count in tasks.items():
+            if count != tasks["support_targets"]:
+                raise ValueError(
+                    f"Episode.{name} must have the same number of tasks as support_targets "
+                    f"({tasks['support_targets']}); found {count}. Stack the same tasks in all four parts."
+                )
         for part in ("support", "query"):
             inputs, targets = samples[f"{part}_inputs"], samples[f"{part}_targets"]
             if inputs != targets:

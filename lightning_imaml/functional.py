@@ -30,7 +30,7 @@ class Adapted(NamedTuple):
         parameters: name → ``[T, ...]``.
         steps: inner steps that each task took, ``[T]``.
         residual: ‖∇G‖ at the parameters, ``[T]``.
-        converged: whether the residual is within the inner solver's tolerance, ``[T]``.
+        converged: whether the residual is within the inner solver's tolerance, ``[T]``; with ``tol=0``, hardly ever.
     """
 
     parameters: dict[str, Tensor]
@@ -114,6 +114,7 @@ def predict(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any, *, 
     Returns:
         ``[T, n, ...]``.
     """
+    _check_chunk_size(chunk_size)
     flat = FlatModel(model)
     rows = flat.flatten(parameters)
     size = chunk_size or rows.shape[0]
@@ -122,6 +123,37 @@ def predict(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any, *, 
         for k in range(0, rows.shape[0], size)
     ]
     return pytree.tree_map(lambda *leaves: torch.cat(leaves), *pieces)
+
+
+def evaluate(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    inputs: Any,
+    targets: Any,
+    *,
+    loss: LossFunction = F.cross_entropy,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Any]:
+    """Losses and outputs of T adapted networks, without gradients.
+
+    Args:
+        model: the network that was adapted.
+        parameters: ``Adapted.parameters``, name → ``[T, ...]``.
+        inputs: ``[T, n, ...]``.
+        targets: ``[T, n]`` or ``[T, n, ...]``.
+        loss: ``loss(outputs, targets) -> scalar`` for one task.
+        chunk_size: the most tasks at once; None takes all.
+
+    Returns:
+        The losses ``[T]`` and the outputs ``[T, n, ...]``.
+
+    Raises:
+        ValueError: the targets do not fit the outputs.
+    """
+    with torch.no_grad():
+        outputs = predict(model, parameters, inputs, chunk_size=chunk_size)
+        task_loss = TaskLoss(FlatModel(model), loss, inputs, targets, _classes("targets", targets, loss))
+        return task_loss.of(task_loss.check(outputs)), outputs
 
 
 def meta_gradient(
@@ -145,7 +177,7 @@ def meta_gradient(
         loss: the support loss L, ``loss(outputs, targets) -> scalar`` for one task.
         outer_loss: the query loss Q; None takes ``loss``.
         inner_solver: what minimises G = L + R.
-        estimator: what differentiates.
+        estimator: what differentiates; the default is the paper's, with the exact Hessian.
         regularizer: R.
         strengths: the regulariser's learned values λ; None takes their first values.
         chunk_size: the most tasks at once, which bounds memory; None takes all.
@@ -194,12 +226,16 @@ def _prepare(
     chunk_size: int | None,
 ) -> tuple[FlatModel, Iterator[tuple[InnerProblem, TaskLoss]]]:
     """Check everything once, and cut the episode into chunks of tasks."""
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, or None for all tasks at once; found {chunk_size}.")
+    _check_chunk_size(chunk_size)
     flat = FlatModel(model)
     episode.validate()
     for name in ("support_inputs", "query_inputs"):
         for leaf in pytree.tree_leaves(getattr(episode, name)):
+            if leaf.device != flat.device:
+                raise ValueError(
+                    f"{name} must be on the backbone's device {flat.device}; found {leaf.device}. Move one of them "
+                    "with .to(device)."
+                )
             if leaf.is_floating_point() and leaf.dtype != flat.dtype:
                 raise ValueError(
                     f"{name} must have the backbone's dtype {flat.dtype}; found {leaf.dtype}. "
@@ -228,12 +264,18 @@ def _classes(name: str, targets: Any, loss: LossFunction) -> int | None:
     if not isinstance(targets, Tensor) or targets.is_floating_point():
         return None
     ignored = loss.ignore_index if isinstance(loss, nn.CrossEntropyLoss) else -100
-    lowest, highest = torch.stack([targets.where(targets != ignored, 0).min(), targets.max()]).tolist()
+    kept = targets.where(targets != ignored, 0)
+    lowest, highest = torch.stack([kept.min(), kept.max()]).tolist()
     if lowest < 0:
         raise ValueError(
             f"{name} must be class indices from 0; found {lowest}. Relabel each task's classes to 0 … N-1."
         )
     return int(highest) + 1
+
+
+def _check_chunk_size(chunk_size: int | None) -> None:
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, or None for all tasks at once; found {chunk_size}.")
 
 
 @contextmanager

@@ -9,6 +9,17 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
+def is_classification(outputs: Any, targets: Any) -> bool:
+    """Whether these are logits ``[T, n, ways]`` and class indices ``[T, n]``."""
+    return (
+        isinstance(outputs, Tensor)
+        and isinstance(targets, Tensor)
+        and not targets.is_floating_point()
+        and outputs.ndim == 3
+        and outputs.shape[:2] == targets.shape
+    )
+
+
 class EpisodicAccuracy(Metric):
     """The mean over tasks of each task's accuracy on its query set, a fraction in 0 … 1.
 
@@ -35,7 +46,7 @@ class EpisodicAccuracy(Metric):
             outputs: logits ``[T, n, ways]``.
             targets: class indices ``[T, n]``.
         """
-        if outputs.ndim != 3 or outputs.shape[:2] != targets.shape or targets.is_floating_point():
+        if not is_classification(outputs, targets):
             raise ValueError(
                 f"{type(self).__name__} takes logits [tasks, samples, ways] and class indices [tasks, samples]; found "
                 f"{list(outputs.shape)} and {list(targets.shape)} {targets.dtype}. For other targets, return metrics "

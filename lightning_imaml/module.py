@@ -21,13 +21,13 @@ from lightning_imaml.functional import Adapted, MetaGradient
 from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.meta_gradients import Estimator, Implicit
-from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95
+from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, is_classification
 from lightning_imaml.phases import META_STEP, phase
 from lightning_imaml.regularizers import Proximal, Regularizer
 from lightning_imaml.tasks import FlatModel
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
-SchedulerFactory = Callable[[Optimizer], LRScheduler]
+SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 
 
 class IMAMLModule(LightningModule):
@@ -44,10 +44,13 @@ class IMAMLModule(LightningModule):
             network the exact Hessian soon is indefinite for most tasks, and conjugate gradient fails on it.
         regularizer: what ties the adapted parameters to the initialisation.
         optimizer: takes the parameters, gives the outer optimizer.
-        lr_scheduler: takes the optimizer, gives a scheduler that steps after every meta-step. For other intervals or a
-            monitored quantity, override :meth:`configure_optimizers`.
+        lr_scheduler: takes the optimizer, gives a scheduler that steps after every meta-step. For another interval or
+            frequency, override :meth:`configure_optimizers`.
+        lr_scheduler_monitor: the logged quantity that ReduceLROnPlateau watches, by epoch. It is given here because
+            Lightning drops a scheduler's own ``monitor`` in manual optimization.
         gradient_clip_val: clip the meta-gradient to this norm; the Trainer's own flag refuses manual optimization.
-        accumulate_meta_batches: average the meta-gradients of this many batches for one step; likewise.
+        accumulate_meta_batches: average the meta-gradients of this many batches for one step; likewise. What is left at
+            the end of an epoch makes a smaller step, as in the Trainer's own accumulation.
         chunk_size: the most tasks at once, which bounds memory; None takes all.
 
     Override :meth:`configure_backbone`, :meth:`inner_loss`, :meth:`outer_loss`, :meth:`configure_metrics` or
@@ -63,6 +66,7 @@ class IMAMLModule(LightningModule):
         regularizer: Regularizer = Proximal(strength=2.0),  # noqa: B008
         optimizer: OptimizerFactory = torch.optim.Adam,
         lr_scheduler: SchedulerFactory | None = None,
+        lr_scheduler_monitor: str | None = None,
         gradient_clip_val: float | None = None,
         accumulate_meta_batches: int = 1,
         chunk_size: int | None = None,
@@ -82,6 +86,7 @@ class IMAMLModule(LightningModule):
         self.regularizer = regularizer
         self.optimizer_factory = optimizer
         self.scheduler_factory = lr_scheduler
+        self.lr_scheduler_monitor = lr_scheduler_monitor
         self.gradient_clip_val = gradient_clip_val
         self.accumulate_meta_batches = accumulate_meta_batches
         self.chunk_size = chunk_size
@@ -91,6 +96,7 @@ class IMAMLModule(LightningModule):
             setattr(self, f"{stage}_before", metrics.clone(prefix=f"{stage}/", postfix="_before"))
             setattr(self, f"{stage}_after", metrics.clone(prefix=f"{stage}/"))
         self._warned_indefinite = False
+        self._of_data: dict[str, Any] = {}
         if backbone is not None:
             self._attach(backbone)
 
@@ -111,21 +117,39 @@ class IMAMLModule(LightningModule):
         """Take over the data module's ``ways`` and ``shots`` as hyper-parameters, for :meth:`configure_backbone`."""
         data = getattr(self.trainer, "datamodule", None)
         known = {} if data is None else data.hparams
-        for name in ("ways", "shots"):
-            if name in known:
-                self.hparams.setdefault(name, known[name])
+        self._take_over({name: known[name] for name in ("ways", "shots") if name in known})
+
+    def _take_over(self, of_data: dict[str, Any]) -> None:
+        # Kept apart too: they are no arguments of __init__, to which a checkpoint's hyper-parameters are passed.
+        self._of_data |= {name: value for name, value in of_data.items() if name not in self.hparams}
+        self.hparams.update(self._of_data)
 
     def configure_model(self) -> None:
         """Build the network if that has not happened yet."""
+        # load_from_checkpoint calls this, too, before on_load_checkpoint knows ways and shots.
+        if self._trainer is not None:
+            self._build()
+
+    def _build(self) -> None:
         if not hasattr(self, "backbone"):
             self._attach(self.configure_backbone())
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what no hyper-parameter restores: the data's ways and shots, and which loss the weights belong to."""
+        for name in self._of_data:
+            checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).pop(name, None)
+        checkpoint["lightning_imaml"] = {"loss": _qualified_name(self.loss), "data": dict(self._of_data)}
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the network before its weights arrive."""
-        for name, value in checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).items():
-            if name in ("ways", "shots"):
-                self.hparams.setdefault(name, value)
-        self.configure_model()
+        """Build the network before its weights arrive; refuse to replace another loss by the default in silence."""
+        noted = checkpoint.get("lightning_imaml", {})
+        if self.loss is F.cross_entropy and noted.get("loss", _qualified_name(self.loss)) != _qualified_name(self.loss):
+            raise ValueError(
+                f"loss must be given, since the checkpoint was trained with {noted['loss']}; found the default, "
+                "cross_entropy. Pass loss=... to load_from_checkpoint or to the module."
+            )
+        self._take_over(noted.get("data", {}))
+        self._build()
 
     def _attach(self, backbone: nn.Module) -> None:
         self.backbone = backbone
@@ -139,7 +163,8 @@ class IMAMLModule(LightningModule):
         if self.scheduler_factory is None:
             return optimizer
         scheduler = self.scheduler_factory(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        interval = "epoch" if isinstance(scheduler, ReduceLROnPlateau) else "step"
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
 
     def configure_metrics(self) -> MetricCollection:
         """Metrics of the query predictions, updated with outputs ``[T, n, ...]`` and targets ``[T, n, ...]``.
@@ -164,6 +189,7 @@ class IMAMLModule(LightningModule):
 
     def adapt(self, support_inputs: Any, support_targets: Any) -> Adapted:
         """Adapt to new tasks, ``[T, n, ...]`` each; see :func:`lightning_imaml.functional.adapt`."""
+        self._build()
         return functional.adapt(
             self.backbone,
             support_inputs,
@@ -179,6 +205,7 @@ class IMAMLModule(LightningModule):
         self, episode: Episode, *, inner_solver: InnerSolver | None = None, estimator: Estimator | None = None
     ) -> MetaGradient:
         """The meta-gradient of a batch of tasks, with the module's settings where no others are given."""
+        self._build()
         return functional.meta_gradient(
             self.backbone,
             episode,
@@ -204,10 +231,11 @@ class IMAMLModule(LightningModule):
         Returns:
             The mean query loss of the batch's adapted networks.
         """
-        last = bool(self.trainer.is_last_batch)
-        due = (batch_idx + 1) % self.accumulate_meta_batches == 0 or last
-        # Lightning writes a row after every n-th step, counted from one.
-        logged = (self.trainer.global_step + 1) % max(1, getattr(self.trainer, "log_every_n_steps", 1)) == 0
+        batch = Episode.of(batch)
+        due = (batch_idx + 1) % self.accumulate_meta_batches == 0 or self.trainer.is_last_batch
+        # The batches of which Lightning writes a row; reading values for the others would only wait for the device.
+        every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        logged = (self.trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
         before = self._predict_initial(batch) if logged else None  # Before the step changes the initialisation.
         with phase(META_STEP):
             result = self.meta_gradient(batch)
@@ -241,11 +269,17 @@ class IMAMLModule(LightningModule):
                 f"configure_optimizers must return one optimizer; found {len(optimizer)}. Give its parameter groups "
                 "their own learning rates instead."
             )
-        if self.gradient_clip_val is not None:
-            self.clip_gradients(optimizer, self.gradient_clip_val, "norm")  # type: ignore[arg-type]
         optimizer.step()
         optimizer.zero_grad()
         self._step_schedulers("step", self.trainer.global_step)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip the meta-gradient, here where a GradScaler has unscaled it."""
+        if self.gradient_clip_val is not None:
+            self.clip_gradients(optimizer, self.gradient_clip_val, "norm")
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Keep what is accumulated: the Trainer, whose own accumulation is off, would clear it."""
 
     def on_train_epoch_end(self) -> None:
         """Step the schedulers that go by epochs, which manual optimization leaves to the module."""
@@ -258,21 +292,20 @@ class IMAMLModule(LightningModule):
             if not isinstance(config.scheduler, ReduceLROnPlateau):
                 config.scheduler.step()
                 continue
-            value = self.trainer.callback_metrics.get(str(config.monitor))
-            if value is not None:
-                config.scheduler.step(value)
-            elif config.strict:
+            value = self.trainer.callback_metrics.get(str(self.lr_scheduler_monitor))
+            if value is None:
                 raise ValueError(
-                    f"lr_scheduler's monitor must be a logged quantity; found {config.monitor!r}, logged are "
-                    f"{sorted(self.trainer.callback_metrics)}. Choose one of them, or set strict to False."
+                    f"lr_scheduler_monitor must be a logged quantity for ReduceLROnPlateau; found "
+                    f"{self.lr_scheduler_monitor!r}. Logged are {sorted(self.trainer.callback_metrics)}: choose one."
                 )
+            config.scheduler.step(value)
 
     def _log_training(self, batch: Episode, result: MetaGradient, before: Any) -> None:
         values = {
             "train/outer_loss": result.loss.mean(),
             "train/inner_residual": result.adapted.residual.mean(),
         }
-        if _class_targets(batch):
+        if is_classification(result.query_outputs, batch.query_targets):
             values["train/accuracy"] = _accuracy(result.query_outputs, batch.query_targets)
             if before is not None:
                 values["train/accuracy_before"] = _accuracy(before, batch.query_targets)
@@ -294,8 +327,9 @@ class IMAMLModule(LightningModule):
     def _predict_initial(self, batch: Episode) -> Any:
         """The unadapted network on every task's query set, ``[T, n, ...]``."""
         flat = FlatModel(self.backbone)
+        rows = flat.unflatten(flat.initial().expand(batch.tasks, -1))
         with torch.no_grad():
-            return flat(flat.initial().expand(batch.tasks, -1), batch.query_inputs)
+            return functional.predict(self.backbone, rows, batch.query_inputs, chunk_size=self.chunk_size)
 
     # Evaluation
 
@@ -309,29 +343,36 @@ class IMAMLModule(LightningModule):
 
     def predict_step(self, batch: Episode, batch_idx: int) -> Any:
         """Adapt to the support sets, then predict the query sets: ``[T, n, ...]``."""
+        batch = Episode.of(batch)
         adapted = self.adapt(batch.support_inputs, batch.support_targets)
         with torch.no_grad():
             return functional.predict(self.backbone, adapted.parameters, batch.query_inputs, chunk_size=self.chunk_size)
 
     def _evaluate(self, batch: Episode, stage: str) -> None:
+        batch = Episode.of(batch)
         adapted = self.adapt(batch.support_inputs, batch.support_targets)
-        with torch.no_grad():
-            outputs = functional.predict(
-                self.backbone, adapted.parameters, batch.query_inputs, chunk_size=self.chunk_size
-            )
-            loss = torch.func.vmap(self._loss("outer_loss"))(outputs, batch.query_targets)
-            before = self._predict_initial(batch)
+        loss, outputs = functional.evaluate(
+            self.backbone,
+            adapted.parameters,
+            batch.query_inputs,
+            batch.query_targets,
+            loss=self._loss("outer_loss"),
+            chunk_size=self.chunk_size,
+        )
         self.log(f"{stage}/loss", loss.mean(), batch_size=batch.tasks, sync_dist=True)
         self.log(f"{stage}/inner_residual", adapted.residual.mean(), batch_size=batch.tasks, sync_dist=True)
-        if _class_targets(batch) or type(self).configure_metrics is not IMAMLModule.configure_metrics:
-            for when, predictions in (("before", before), ("after", outputs)):
-                metrics: MetricCollection = getattr(self, f"{stage}_{when}")
-                metrics.update(predictions, batch.query_targets)
-                self.log_dict(metrics, prog_bar=when == "after", batch_size=batch.tasks)
+        default = type(self).configure_metrics is IMAMLModule.configure_metrics
+        if default and not is_classification(outputs, batch.query_targets):
+            return
+        for when, predictions in (("before", self._predict_initial(batch)), ("after", outputs)):
+            metrics: MetricCollection = getattr(self, f"{stage}_{when}")
+            metrics.update(predictions, batch.query_targets)
+            self.log_dict(metrics, prog_bar=when == "after", batch_size=batch.tasks)
 
 
-def _class_targets(batch: Episode) -> bool:
-    return isinstance(batch.query_targets, Tensor) and not batch.query_targets.is_floating_point()
+def _qualified_name(loss: object) -> str:
+    named = loss if hasattr(loss, "__qualname__") else type(loss)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _accuracy(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from lightning_imaml.regularizers.base import Regularizer
@@ -49,9 +49,9 @@ class FlatModel:
                 f"{sorted(map(str, kinds))} in {type(module).__name__}. Convert it with .to(dtype=..., device=...)."
             )
         for name, layer in module.named_modules():
-            if isinstance(layer, _BatchNorm) and layer.training and layer.running_mean is not None:
+            if isinstance(layer, _NormBase) and layer.training and layer.running_mean is not None:
                 raise ValueError(
-                    f"the backbone's BatchNorm layers must not track running statistics in training, since every task "
+                    f"the backbone's norm layers must not track running statistics in training, since every task "
                     f"would overwrite the others'; found {type(layer).__name__} {name!r}. Build it with "
                     "track_running_stats=False (batch statistics, the paper's protocol), or call "
                     "lightning_imaml.models.use_batch_statistics(backbone)."
@@ -113,7 +113,10 @@ class TaskLoss:
 
     def outputs(self, parameters: Tensor) -> Any:
         """The network's outputs ``[T, n, ...]`` at ``[T, D]`` parameters."""
-        outputs = self.model(parameters, self.inputs)
+        return self.check(self.model(parameters, self.inputs))
+
+    def check(self, outputs: Any) -> Any:
+        """The outputs themselves, if they have one entry for each class that the targets name."""
         if self.classes is not None and isinstance(outputs, Tensor) and outputs.ndim > 2:
             found = outputs.shape[2]
             if found < self.classes:
@@ -126,8 +129,15 @@ class TaskLoss:
     def of(self, outputs: Any) -> Tensor:
         """The losses ``[T]`` of given outputs."""
         if pytree.tree_leaves(outputs)[0].shape[0] == 1:
-            return self.loss(_first(outputs), _first(self.targets)).reshape(1)
-        return vmap(self.loss)(outputs, self.targets)
+            losses = self.loss(_first(outputs), _first(self.targets)).unsqueeze(0)
+        else:
+            losses = vmap(self.loss)(outputs, self.targets)
+        if losses.ndim != 1:
+            raise ValueError(
+                f"loss must give one number for each task; found a tensor of shape {list(losses.shape[1:])}. "
+                "Average over the task's samples, as reduction='mean' does."
+            )
+        return losses
 
     def value(self, parameters: Tensor) -> Tensor:
         """The losses ``[T]`` at ``[T, D]`` parameters."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
+
 import pytest
 import torch
 from conftest import class_episode, regression_episode
@@ -9,11 +12,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_imaml import Episode
+from lightning_imaml.curvature import GaussNewton
 from lightning_imaml.functional import adapt, meta_gradient
 from lightning_imaml.inner import GradientDescent
-from lightning_imaml.meta_gradients import FirstOrder
+from lightning_imaml.linear import Direct
+from lightning_imaml.meta_gradients import FirstOrder, Implicit
 from lightning_imaml.models import Conv4, use_batch_statistics
-from lightning_imaml.regularizers import Proximal
+from lightning_imaml.regularizers import Proximal, Regularizer
 
 EPISODE = class_episode(tasks=3, shape=(3,))
 
@@ -56,7 +61,7 @@ BAD_INPUT = {
     ),
     "BatchNorm with running statistics": (
         lambda: run(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))),
-        r"must not track running statistics.*found BatchNorm1d '1'. Build it with track_running_stats=False",
+        r"norm layers must not track running statistics.*found BatchNorm1d '1'. Build it with track_running_stats=",
     ),
     "chunks of nothing": (lambda: run(linear(), chunk_size=0), r"chunk_size must be at least 1.*found 0"),
     "no task dimension": (
@@ -85,21 +90,70 @@ def test_bad_input_is_explained(case):
         call()
 
 
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (1.0, "support_targets must hold tensors only, at least one; found float"),
+        ({}, "support_targets must hold tensors only, at least one; found nothing"),
+        ([1, 2], "support_targets must hold tensors only, at least one; found int"),
+    ],
+)
+def test_any_part_of_an_episode_is_checked(targets, words):
+    with pytest.raises(TypeError, match=words):
+        run(linear(), EPISODE._replace(support_targets=targets))
+
+
+def test_a_loss_for_each_sample_is_refused():
+    for tasks in (1, 3):
+        with pytest.raises(ValueError, match=r"loss must give one number for each task; found .* shape \[5\].*'mean'"):
+            run(linear(), class_episode(tasks, shape=(3,)), loss=nn.CrossEntropyLoss(reduction="none"))
+
+
+def test_gauss_newton_explains_that_it_needs_one_tensor():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    with pytest.raises(TypeError, match=r"outputs must be one tensor; found tuple.*curvature=Hessian"):
+        run(Pair(3, 5), loss=lambda o, t: F.cross_entropy(o[0], t), estimator=Implicit(curvature=GaussNewton()))
+    assert run(Pair(3, 5), loss=lambda o, t: F.cross_entropy(o[0], t)).loss.isfinite().all()
+
+
+def test_a_regulariser_without_the_initialisation_is_explained():
+    @dataclass(frozen=True)
+    class Anchor(Regularizer):
+        def penalty(self, parameters, initial, strengths):
+            return parameters.sum(dim=1)
+
+    with pytest.raises(ValueError, match=r"must depend on the initialisation; found .*Anchor.*Use Proximal"):
+        run(linear(), regularizer=Anchor())
+
+
+@pytest.mark.parametrize("size", [(1, 20, 20), (3, 28, 28)])
+def test_conv4_explains_its_image_size(size):
+    with pytest.raises(ValueError, match=r"images must have shape \[n, 1, 28, 28\]; found \[2, .*Resize them"):
+        Conv4(5)(torch.rand(2, *size))
+    with pytest.raises(ValueError, match="ways must be at least 1; found 0"):
+        Conv4(0)
+
+
 def test_an_episode_holds_tensors_only():
-    with pytest.raises(TypeError, match=r"Episode.query_targets must hold tensors only; found float.*torch.as_tensor"):
+    with pytest.raises(
+        TypeError, match=r"query_targets must hold tensors only, at least one; found float.*torch.as_tensor"
+    ):
         run(linear(), EPISODE._replace(query_targets=1.0))
 
 
 def test_a_nan_loss_names_its_task():
     inputs = EPISODE.support_inputs.clone()
     inputs[1, 2, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"inner loop's gradient norm must be finite; found \[nan\] for tasks \[1\]"):
+    with pytest.raises(FloatingPointError, match=r"gradient norm must be finite; found \[nan\] for tasks \[1\]"):
         run(linear(), EPISODE._replace(support_inputs=inputs))
     with pytest.raises(FloatingPointError, match=r"for tasks \[1\]"):
         adapt(linear(), inputs, EPISODE.support_targets, inner_solver=GradientDescent(0.1, 2))
     queries = EPISODE.query_inputs.clone()
     queries[2, 0, 0] = float("inf")
-    with pytest.raises(FloatingPointError, match=r"outer loss must be finite; found .* for tasks \[2\].*Check these tasks"):
+    with pytest.raises(FloatingPointError, match=r"outer loss must be finite; found .* for tasks \[2\].*Check these"):
         run(linear(), EPISODE._replace(query_inputs=queries))
 
 
@@ -114,6 +168,7 @@ def test_ignored_targets_are_no_labels():
     assert run(linear(), episode).loss.isfinite().all()
     ignoring = nn.CrossEntropyLoss(ignore_index=-7)
     assert run(linear(), with_targets(-7), loss=ignoring).loss.isfinite().all()
+    assert run(linear(), with_targets(255), loss=nn.CrossEntropyLoss(ignore_index=255)).loss.isfinite().all()
     with pytest.raises(ValueError, match="found -100"):
         run(linear(), episode, loss=ignoring)
 
@@ -153,5 +208,14 @@ def test_one_parameter_set_may_be_shared():
     torch.manual_seed(0)
     net = Tied().double()
     episode = regression_episode(outputs=3)
-    result = meta_gradient(net, episode, loss=F.mse_loss, inner_solver=GradientDescent(0.1, 3))
+    settings = {"loss": F.mse_loss, "inner_solver": GradientDescent(0.2, 5000, tol=1e-12)}
+    result = meta_gradient(net, episode, estimator=Implicit(Direct()), **settings)
     assert set(result.grads) == {"a.weight"}
+    losses = []
+    for step in (1e-4, -1e-4):
+        moved = copy.deepcopy(net)
+        with torch.no_grad():
+            moved.a.weight[1, 2] += step
+        losses.append(meta_gradient(moved, episode, estimator=FirstOrder(), **settings).loss.mean())
+    difference = (losses[0] - losses[1]) / 2e-4
+    torch.testing.assert_close(result.grads["a.weight"][1, 2], difference, rtol=1e-6, atol=1e-9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torchmetrics import MetricCollection
 
 from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95
 
@@ -23,6 +24,20 @@ def test_mean_and_interval_are_those_of_numpy_over_tasks():
     assert interval.compute().item() == pytest.approx(expected, rel=1e-4)
     mean.reset()
     assert mean.tasks.item() == 0
+
+
+def test_both_in_one_collection_are_those_of_each_alone():
+    """A MetricCollection shares the state of metrics with the same updates."""
+    torch.manual_seed(0)
+    both = MetricCollection({"mean": EpisodicAccuracy(), "interval": EpisodicInterval95()})
+    alone = {"mean": EpisodicAccuracy(), "interval": EpisodicInterval95()}
+    for _ in range(4):
+        outputs, targets = torch.randn(3, 6, 4), torch.randint(4, (3, 6))
+        both.update(outputs, targets)
+        for metric in alone.values():
+            metric.update(outputs, targets)
+    for name, metric in alone.items():
+        assert both.compute()[name] == metric.compute()
 
 
 def test_a_single_task_has_no_interval():

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +14,7 @@ from conftest import TanhNet, class_episode, regression_episode
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_imaml import Episode, IMAMLModule, functional
 from lightning_imaml.curvature import GaussNewton
@@ -30,7 +34,10 @@ def collate(episodes: list[Episode]) -> Episode:
     return Episode(*[torch.cat(parts) for parts in zip(*episodes, strict=True)])
 
 
-def loader(batches: int = 4, tasks: int = 3, make=functools.partial(class_episode, shape=SHAPE)) -> DataLoader:
+small_images = functools.partial(class_episode, shape=SHAPE)
+
+
+def loader(batches: int = 4, tasks: int = 3, make=small_images) -> DataLoader:
     return DataLoader([make(tasks=tasks, seed=k) for k in range(batches)], batch_size=1, collate_fn=collate)
 
 
@@ -63,7 +70,10 @@ def test_fit_validate_test_predict_under_a_default_trainer():
     ):  # fmt: skip
         assert name in logged, name
         assert torch.isfinite(logged[name]), name
-    assert logged["val/accuracy"] > logged["val/accuracy_before"]
+    with torch.no_grad():
+        guesses = torch.cat([model(inputs) for episode in loader(2) for inputs in episode.query_inputs]).argmax(-1)
+    labels = torch.cat([episode.query_targets.flatten() for episode in loader(2)])
+    assert logged["val/accuracy_before"].item() == pytest.approx((guesses == labels).float().mean().item())
     (validated,) = run.validate(model, loader(2), verbose=False)
     assert validated["val/accuracy"] == pytest.approx(logged["val/accuracy"].item())
     (tested,) = run.test(model, loader(2), verbose=False)
@@ -94,21 +104,19 @@ def test_meta_training_learns():
     assert trained["val/loss"] < 0.6 * fresh["val/loss"]
 
 
+def doubled(seed: int) -> Episode:
+    episode = class_episode(1, shape=SHAPE, seed=seed)
+    return episode._replace(support_inputs=episode.support_inputs.double(), query_inputs=episode.query_inputs.double())
+
+
 def test_accumulating_batches_is_one_larger_batch():
     small = module(accumulate_meta_batches=2, optimizer=functools.partial(torch.optim.SGD, lr=0.5)).double()
     large = module(optimizer=functools.partial(torch.optim.SGD, lr=0.5)).double()
 
-    def doubled(seeds: list[int]) -> Episode:
-        parts = [class_episode(tasks=2, shape=SHAPE, seed=k) for k in seeds]
-        joined = collate(parts)
-        return joined._replace(
-            support_inputs=joined.support_inputs.double(), query_inputs=joined.query_inputs.double()
-        )
-
     run = trainer()
-    run.fit(small, DataLoader([doubled([k]) for k in range(4)], batch_size=1, collate_fn=collate))
+    run.fit(small, DataLoader([doubled(k) for k in range(4)], batch_size=1, collate_fn=collate))
     assert run.global_step == 2
-    trainer().fit(large, DataLoader([doubled([0, 1]), doubled([2, 3])], batch_size=1, collate_fn=collate))
+    trainer().fit(large, DataLoader([doubled(k) for k in range(4)], batch_size=2, collate_fn=collate))
     torch.testing.assert_close(weights(small), weights(large), rtol=1e-10, atol=1e-12)
 
 
@@ -117,6 +125,66 @@ def test_the_last_batches_of_an_epoch_are_not_lost():
     run.fit(model, loader(4))
     assert run.global_step == 2
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_validation_does_not_clear_what_is_accumulated():
+    found = []
+    for interval in (1, 4):
+        model = module(accumulate_meta_batches=2, optimizer=functools.partial(torch.optim.SGD, lr=0.5))
+        trainer(val_check_interval=interval).fit(model, loader(4), loader(1))
+        found.append(weights(model))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_chunks_bound_every_stage_and_change_nothing():
+    sizes: list[int] = []
+
+    class Recorded(nn.Sequential):
+        def forward(self, x):
+            sizes.append(torch._C._functorch.is_batchedtensor(x))
+            return super().forward(x)
+
+    found = []
+    for chunk_size in (None, 1):
+        sizes.clear()
+        torch.manual_seed(0)
+        model = module(backbone=Recorded(*network()), chunk_size=chunk_size)
+        run = trainer()
+        run.fit(model, loader(2), loader(2))
+        run.test(model, loader(2), verbose=False)
+        assert any(sizes) == (chunk_size is None), "a single task runs without vmap"
+        found.append(run.callback_metrics["test/loss"])
+    torch.testing.assert_close(found[0], found[1])
+
+
+class Pixels(nn.Module):
+    """A segmentation network: a class for every pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def test_dense_class_targets_train_without_the_default_accuracy():
+    def episode(tasks: int = 2, seed: int = 0) -> Episode:
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.rand(tasks, 4, 1, 6, 6, generator=generator)
+        labels = (images[:, :, 0] * 3).long().clamp(max=2)
+        return Episode(images, labels, images, labels)
+
+    run = trainer()
+    model = IMAMLModule(Pixels(), inner_solver=GradientDescent(0.1, 2))
+    run.fit(model, loader(2, make=episode), loader(1, make=episode))
+    assert "val/loss" in run.callback_metrics
+    assert "val/accuracy" not in run.callback_metrics
+
+
+def test_a_batch_that_is_no_episode_is_explained():
+    with pytest.raises(TypeError, match=r"must be an Episode of support_inputs, .*; found 2 parts. Use an Episodic"):
+        trainer().fit(module(), DataLoader([(torch.rand(3), torch.rand(3))] * 2))
 
 
 def test_the_gradient_is_clipped_to_its_norm():
@@ -134,31 +202,39 @@ def test_the_scheduler_steps_after_every_meta_step():
     assert run.optimizers[0].param_groups[0]["lr"] == 0.125
 
 
-class Scheduled(IMAMLModule):
-    monitor = "val/loss"
-
-    def configure_optimizers(self):
-        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
-        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0, threshold=1e9)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": plateau, "monitor": self.monitor, "interval": "epoch", "frequency": 2},
-        }
+def plateau(monitor: str | None) -> IMAMLModule:
+    # Nothing ever improves by this threshold, so that every call lowers the rate.
+    schedule = functools.partial(torch.optim.lr_scheduler.ReduceLROnPlateau, factor=0.1, patience=0, threshold=1e9)
+    return module(
+        optimizer=functools.partial(torch.optim.SGD, lr=1.0), lr_scheduler=schedule, lr_scheduler_monitor=monitor
+    )
 
 
-def test_a_plateau_scheduler_sees_its_monitor_by_epoch_and_frequency():
-    model = Scheduled(network(), inner_solver=GradientDescent(0.1, 1))
-    run = trainer(max_epochs=5)
-    run.fit(model, loader(1), loader(1))
-    # Called after epochs 2 and 4: the first call sets the best value, the second finds no improvement.
-    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1)
+def test_a_plateau_scheduler_sees_its_monitor_by_epoch():
+    model, run = plateau("val/loss"), trainer(max_epochs=2)
+    run.fit(model, loader(2), loader(1))
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01)
 
 
-def test_an_unknown_monitor_is_explained():
-    model = Scheduled(network(), inner_solver=GradientDescent(0.1, 1))
-    model.monitor = "val/typo"
-    with pytest.raises(ValueError, match=r"monitor must be a logged quantity; found 'val/typo', logged are \['train"):
-        trainer(max_epochs=2).fit(model, loader(1), loader(1))
+def test_a_scheduler_goes_by_its_interval_and_frequency():
+    class Scheduled(IMAMLModule):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": schedule, "interval": "epoch", "frequency": 2},
+            }
+
+    model, run = Scheduled(network(), inner_solver=GradientDescent(0.1, 1)), trainer(max_epochs=5)
+    run.fit(model, loader(2))
+    assert run.optimizers[0].param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("monitor", [None, "val/typo"])
+def test_an_unknown_monitor_is_explained(monitor):
+    with pytest.raises(ValueError, match=rf"must be a logged quantity .*; found {monitor!r}. Logged are \['train"):
+        trainer(max_epochs=2).fit(plateau(monitor), loader(1), loader(1))
 
 
 def test_a_learned_strength_is_trained_and_saved(tmp_path):
@@ -176,6 +252,16 @@ def test_a_learned_strength_is_trained_and_saved(tmp_path):
     loaded = IMAMLModule.load_from_checkpoint(tmp_path / "model.ckpt", backbone=network())
     assert loaded.strengths["log_strength"].item() == learned
     assert loaded.regularizer == Proximal(0.5, learned=True)
+
+
+def test_a_checkpoint_of_another_loss_is_refused(tmp_path):
+    model, run = module(backbone=network(1), loss=F.mse_loss), trainer()
+    run.strategy.connect(model)
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match=r"loss must be given, since .* trained with .*mse_loss; found .* Pass loss="):
+        IMAMLModule.load_from_checkpoint(tmp_path / "model.ckpt", backbone=network(1))
+    loaded = IMAMLModule.load_from_checkpoint(tmp_path / "model.ckpt", backbone=network(1), loss=F.mse_loss)
+    assert loaded.loss is F.mse_loss
 
 
 class OwnNetwork(IMAMLModule):
@@ -209,8 +295,28 @@ def test_a_subclass_builds_its_network_for_the_data(tmp_path):
     torch.testing.assert_close(adapted.parameters["3.bias"], expected.parameters["3.bias"], rtol=0, atol=0)
 
 
+class WithArguments(IMAMLModule):
+    def __init__(self, hidden: int = 4, **settings):
+        super().__init__(**settings)
+        self.save_hyperparameters("hidden")
+
+    def configure_backbone(self):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, self.hparams.hidden), nn.Linear(self.hparams.hidden, 5))
+
+
+def test_a_subclass_with_arguments_of_its_own_is_loaded(tmp_path):
+    model, run = WithArguments(hidden=7, inner_solver=GradientDescent(0.1, 2)), trainer()
+    run.fit(model, datamodule=Data())
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = WithArguments.load_from_checkpoint(tmp_path / "model.ckpt")
+    assert loaded.hparams.hidden == 7
+    torch.testing.assert_close(weights(loaded), weights(model), rtol=0, atol=0)
+
+
 def test_a_module_without_a_network_is_explained():
-    with pytest.raises(NotImplementedError, match="found no backbone. Pass backbone=..., or override"):
+    with pytest.raises(NotImplementedError, match="found no backbone"):
+        IMAMLModule().adapt(torch.rand(1, 5, 3), torch.zeros(1, 5, dtype=torch.long))
+    with pytest.raises(NotImplementedError, match=r"found no backbone\. Pass backbone=\.\.\., or override"):
         trainer().fit(IMAMLModule(), loader(1))
 
 
@@ -263,37 +369,44 @@ def test_bad_settings_are_refused(settings, words):
         module(**settings)
 
 
-def fit_double(processes: int, tasks: int) -> Tensor:
-    """Four batches of 4 tasks in all, shared out among the processes; the weights after the fit."""
+def fit_double(processes: int, tasks: int, accumulate: int) -> Tensor:
+    """16 tasks, 4 a meta-step over all processes and accumulated batches; the weights after the fit."""
     seed_everything(0)
-    episodes = [
-        Episode(*[part.double() if part.is_floating_point() else part for part in class_episode(1, shape=SHAPE, seed=k)])
-        for k in range(16)
-    ]
-    model = module(regularizer=Proximal(0.5, learned=True)).double()
-    run = trainer(devices=processes, strategy="ddp_fork" if processes > 1 else "auto")
-    run.fit(model, DataLoader(episodes, batch_size=tasks, collate_fn=collate))
+    episodes = [doubled(k) for k in range(16)]
+    # Lightning's own sampler would shuffle; the ranks' shares of a batch must be the one process's batch.
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    shares = DistributedSampler(episodes, num_replicas=processes, rank=rank, shuffle=False)
+    model = module(
+        regularizer=Proximal(0.5, learned=True), accumulate_meta_batches=accumulate, gradient_clip_val=0.05
+    ).double()
+    run = trainer(devices=processes, strategy="ddp" if processes > 1 else "auto")
+    run.fit(model, DataLoader(episodes, batch_size=tasks, sampler=shares, collate_fn=collate))
     return weights(model)
 
 
-@pytest.mark.slow  # Starts two processes: the one proof that the meta-gradient is averaged over them.
-def test_two_processes_take_the_step_of_one(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
-        "from test_module import fit_double\n"
-        "if __name__ == '__main__':\n"
-        "    torch.save(fit_double(int(sys.argv[2]), int(sys.argv[3])), sys.argv[4])\n"
-    )
-    import subprocess
-    import sys
-    from pathlib import Path
+SCRIPT = """
+import os, sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_module import fit_double
+if __name__ == "__main__":
+    weights = fit_double(*map(int, sys.argv[2:5]))
+    torch.save(weights, sys.argv[5] + os.environ.get("LOCAL_RANK", "0"))
+"""
 
-    found = {}
+
+@pytest.mark.slow  # Starts processes: the one proof that the meta-gradient is averaged over them.
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_take_the_steps_of_one(tmp_path, accumulate):
+    script = tmp_path / "fit.py"
+    script.write_text(SCRIPT)
     for processes in (1, 2):
-        out = tmp_path / f"{processes}.pt"
-        command = [sys.executable, str(script), str(Path(__file__).parent), str(processes), str(4 // processes), str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        tasks = 4 // processes // accumulate
+        arguments = [str(processes), str(tasks), str(accumulate), str(tmp_path / f"of{processes}-")]
+        done = subprocess.run(
+            [sys.executable, str(script), str(Path(__file__).parent), *arguments],
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
-        found[processes] = torch.load(out)
-    torch.testing.assert_close(found[2], found[1], rtol=1e-10, atol=1e-12)
+    one, first, second = (torch.load(tmp_path / name) for name in ("of1-0", "of2-0", "of2-1"))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, one, rtol=1e-10, atol=1e-12)

@@ -99,7 +99,7 @@ class ResultsTable(Callback):
         """Adapt the network with random weights to the same tasks."""
         episode = Episode(*batch)
         self._see(pl_module, episode)
-        if self._network is None or not _is_classification(episode):
+        if self._network is None or not _has_class_indices(episode):
             return
         try:
             adapted = adapt(
@@ -177,7 +177,7 @@ class ResultsTable(Callback):
 _TITLES = {"val": "Validation", "test": "Test"}
 
 
-def _is_classification(episode: Episode) -> bool:
+def _has_class_indices(episode: Episode) -> bool:
     targets = episode.query_targets
     return isinstance(targets, torch.Tensor) and not targets.is_floating_point()
 

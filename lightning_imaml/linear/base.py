@@ -20,8 +20,8 @@ class LinearSolution(NamedTuple):
     Attributes:
         value: x, ``[T, D]``.
         steps: products with A that each task used, ``[T]``.
-        residual: ‖b − A x‖ / ‖b‖, ``[T]``; 0 where b = 0.
-        converged: whether the residual is within the solver's tolerance, ``[T]``.
+        residual: ‖b − A x‖ / ‖b‖, ``[T]``; 0 where b = 0, NaN where a product was not finite.
+        converged: whether the residual is within the solver's tolerance, ``[T]``; with a tolerance of 0, hardly ever.
         indefinite: whether the solver met a direction p with pᵀAp ≤ 0, ``[T]``.
     """
 

@@ -31,9 +31,9 @@ class Direct(LinearSolver):
         value = torch.linalg.solve(matrix, rhs)
         norm = rhs.norm(dim=1)
         error = (rhs - (matrix @ value.unsqueeze(2)).squeeze(2)).norm(dim=1)
-        residual = torch.where(norm > 0, error / norm, 0)
+        residual = torch.where(norm == 0, 0, error / norm)
         # LU is backward stable: beyond this the system is singular to working precision.
         converged = residual <= size * torch.finfo(rhs.dtype).eps * 1e3
-        symmetric = (matrix + matrix.transpose(1, 2)) / 2
+        symmetric = ((matrix + matrix.transpose(1, 2)) / 2).nan_to_num()
         indefinite = torch.linalg.eigvalsh(symmetric)[:, 0] <= 0
         return LinearSolution(value, torch.full_like(norm, size, dtype=torch.long), residual, converged, indefinite)

@@ -22,7 +22,7 @@ class MinRes(LinearSolver):
     is ``scipy.sparse.linalg.minres``.
 
     Args:
-        max_iter: the most iterations, one product with A each.
+        max_iter: the most iterations, one product with A each; one more product measures the residual.
         rtol: a task stops when ‖r‖ ≤ rtol ‖b‖. 0 runs all iterations.
 
     Raises:
@@ -48,9 +48,12 @@ class MinRes(LinearSolver):
         scale = zero
         steps = torch.zeros_like(norm, dtype=torch.long)
         indefinite = torch.zeros_like(active)
+        broken = torch.zeros_like(active)
         for _ in range(self.max_iter):
             # Lanczos: A v_k = β_k v_{k-1} + α_k v_k + β_{k+1} v_{k+1}.
-            product = matvec(v).nan_to_num()
+            product = matvec(v)
+            broken |= active & ~product.isfinite().all(dim=1)
+            product = product.nan_to_num()
             alpha = vecdot(v, product)
             pivot = alpha - torch.where(pivot != 0, beta.square() / pivot, 0)
             indefinite |= active & (pivot <= 0)
@@ -72,8 +75,10 @@ class MinRes(LinearSolver):
             x.addcmul_(torch.where(moving, cos * phi, 0).unsqueeze(1), direction)
             phi = torch.where(moving, sin * phi, phi)
             active = moving & (phi > self.rtol * norm) & (beta > noise)
-        residual = torch.where(norm > 0, phi / norm, 0)
-        return LinearSolution(x, steps, residual, residual <= self.rtol, indefinite)
+        # Measured, not the recurrence's phi: this solver makes references.
+        error = vector_norm(rhs - matvec(x), dim=1)
+        residual = torch.where(norm == 0, 0, error / norm).masked_fill(broken, torch.nan)
+        return LinearSolution(x, steps, residual, (phi <= self.rtol * norm) & ~broken, indefinite)
 
 
 def _divide(rows: Tensor, by: Tensor) -> Tensor:

@@ -55,5 +55,10 @@ def _pull_back(problem: InnerProblem, parameters: Tensor, u: Tensor) -> tuple[Te
         initial = problem.initial.detach().requires_grad_()
         strengths = {name: value.detach().requires_grad_() for name, value in problem.strengths.items()}
         gradient = problem.regularizer.gradient(parameters, initial, strengths)
+        if not gradient.requires_grad:
+            raise ValueError(
+                f"Implicit: the regularizer's gradient must depend on the initialisation; found {problem.regularizer}, "
+                "whose does not, so that the meta-gradient would be zero. Use Proximal, or another estimator."
+            )
         pulled = torch.autograd.grad(gradient, [initial, *strengths.values()], -u, materialize_grads=True)
     return pulled[0], dict(zip(strengths, pulled[1:], strict=True))

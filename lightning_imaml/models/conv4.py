@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_imaml.component import require
+
 
 class Conv4(nn.Module):
     """Four blocks of 3×3 convolution, batch normalisation and ReLU, then a linear classifier.
@@ -27,6 +29,10 @@ class Conv4(nn.Module):
 
     def __init__(self, ways: int, channels: int = 1, filters: int = 64, image_size: int = 28) -> None:
         super().__init__()
+        for name, value, least in (("ways", ways, 1), ("channels", channels, 1), ("filters", filters, 1)):
+            require(value >= least, self, name, f"at least {least}", value, "Omniglot has 5 or 20 ways, 1 channel.")
+        require(image_size >= 2, self, "image_size", "at least 2 pixels", image_size, "Omniglot's is 28.")
+        self.image_shape = (channels, image_size, image_size)
         blocks: list[nn.Module] = []
         size = image_size
         for k in range(4):
@@ -50,6 +56,11 @@ class Conv4(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[n, ways]`` of images ``[n, channels, image_size, image_size]``."""
+        if images.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"Conv4: images must have shape [n, {', '.join(map(str, self.image_shape))}]; found "
+                f"{list(images.shape)}. Resize them, or give channels and image_size to Conv4."
+            )
         logits: Tensor = self.classifier(self.features(images))
         return logits
 

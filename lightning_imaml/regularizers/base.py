@@ -23,7 +23,7 @@ class Regularizer(Component, ABC):
     """
 
     def init(self, model: FlatModel) -> dict[str, Tensor]:
-        """The learned strengths λ at the start, by name; empty where nothing is learned."""
+        """The learned strengths λ at the start, by names without dots; empty where nothing is learned."""
         return {}
 
     @abstractmethod

@@ -1,0 +1,94 @@
+"""The command line, in process, with the configurations that are shipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_imaml import cli
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+QUICKSTART = CONFIGS / "quickstart.yaml"
+
+SMALL = [
+    "--model.backbone.init_args.filters", "4",
+    "--model.inner_solver.init_args.steps", "2",
+    "--data.tasks_per_batch", "2",
+    "--data.batches_per_epoch", "3",
+    "--data.val_tasks", "4",
+    "--data.test_tasks", "5",
+    "--trainer.max_epochs", "1",
+    "--trainer.log_every_n_steps", "1",
+    "--trainer.enable_model_summary", "false",
+]  # fmt: skip
+
+
+@pytest.fixture
+def small(tmp_path) -> list[str]:
+    """The quickstart, made small, with its monitors due."""
+    config = yaml.safe_load(QUICKSTART.read_text())
+    for callback in config["trainer"]["callbacks"]:
+        if callback["class_path"].endswith("MetaGradientErrorMonitor"):
+            callback["init_args"] = {"every_n_steps": 3, "reference_steps": 5, "reference_linear_steps": 5}
+        if callback["class_path"].endswith("PeakMemoryMonitor"):
+            callback["init_args"] = {"every_n_steps": 2}
+    config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path)
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return ["--config", str(path), *SMALL]
+
+
+def test_fit_test_and_predict_leave_a_picture_a_table_and_a_checkpoint(small, tmp_path, capsys):
+    fitted = cli.run(["fit", *small])
+    folder = Path(fitted.trainer.log_dir)
+    assert (folder / "learning_curve.png").stat().st_size > 10_000
+    curve = (folder / "learning_curve.csv").read_text()
+    for metric in ("train/outer_loss", "val/accuracy", "meta_gradient/relative_error", "memory/inner_loop_mib"):
+        assert metric in curve
+    printed = capsys.readouterr().out
+    assert "Validation results" in printed
+    assert "5-way 1-shot" in printed
+    best = fitted.trainer.checkpoint_callback.best_model_path
+    assert Path(best).is_file()
+    tested = cli.run(["test", *small, "--ckpt_path", best])
+    assert 0 <= tested.trainer.callback_metrics["test/accuracy"] <= 1
+    printed = capsys.readouterr().out
+    for words in ("Test results", "after adaptation", "random weights", "±", "5 tasks", "batch statistics"):
+        assert words in printed
+    cli.run(["predict", *small, "--ckpt_path", best])
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert saved["model"]["init_args"]["inner_solver"]["init_args"] == {"lr": 0.3, "steps": 2, "tol": 0.0}
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_configuration_is_valid(config, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.run(["fit", "--config", str(config), "--print_config"])
+    assert ended.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["class_path"].endswith("IMAMLModule")
+    assert printed["model"]["init_args"]["estimator"]["init_args"]["linear_solver"]["init_args"]["max_iter"] == 5
+
+
+def test_the_defaults_are_printed_in_full_and_can_be_read_again(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.run(["fit", "--model", "IMAMLModule", "--data", "GlyphDataModule", "--print_config"])
+    text = capsys.readouterr().out
+    printed = yaml.safe_load(text)
+    solver = printed["model"]["init_args"]["inner_solver"]
+    assert solver["class_path"] == "lightning_imaml.inner.GradientDescent"
+    assert solver["init_args"] == {"lr": 0.1, "steps": 16, "tol": 0.0}
+    path = tmp_path / "printed.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        cli.run(["fit", "--config", str(path), "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out) == printed
+
+
+def test_an_unknown_option_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.run(["fit", "--config", str(QUICKSTART), "--model.inner_solver.init_args.stepz", "3"])
+    assert ended.value.code != 0
+    assert "stepz" in capsys.readouterr().err

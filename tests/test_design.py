@@ -1,0 +1,96 @@
+"""What outside code relies on: public names, their docstrings, file lengths, imports, checkpoints of settings."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_imaml.curvature import GaussNewton, Hessian
+from lightning_imaml.inner import GradientDescent
+from lightning_imaml.linear import ConjugateGradient, Direct, MinRes
+from lightning_imaml.meta_gradients import FirstOrder, Implicit
+from lightning_imaml.phases import listening, phase
+from lightning_imaml.regularizers import Proximal
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "lightning_imaml").rglob("*.py"))
+NAMES = {
+    "lightning_imaml": ["IMAMLModule", "Episode"],
+    "lightning_imaml.inner": ["GradientDescent"],
+    "lightning_imaml.curvature": ["Hessian", "GaussNewton"],
+    "lightning_imaml.linear": ["ConjugateGradient", "Direct", "MinRes"],
+    "lightning_imaml.meta_gradients": ["Implicit", "FirstOrder"],
+    "lightning_imaml.regularizers": ["Proximal"],
+    "lightning_imaml.functional": ["adapt", "predict", "meta_gradient"],
+    "lightning_imaml.callbacks": ["MetaGradientErrorMonitor", "PeakMemoryMonitor", "LearningCurve", "ResultsTable"],
+    "lightning_imaml.data": ["EpisodicDataModule", "GlyphDataModule", "OmniglotDataModule"],
+    "lightning_imaml.models": ["Conv4", "use_batch_statistics"],
+    "lightning_imaml.metrics": ["EpisodicAccuracy", "EpisodicInterval95"],
+}
+SETTINGS = [
+    GradientDescent(0.1, 5, tol=1e-3), ConjugateGradient(7, 1e-3, 0.5), Direct(), MinRes(9), Hessian(), GaussNewton(),
+    Implicit(ConjugateGradient(3), GaussNewton()), FirstOrder(), Proximal(0.3, learned=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "name"), [(m, n) for m, names in NAMES.items() for n in names])
+def test_public_names_exist_and_are_documented(module, name):
+    found = getattr(importlib.import_module(module), name)
+    assert len(inspect.getdoc(found) or "") > 40
+    assert name in (ROOT / "README.md").read_text() or name in ("Episode", "MinRes", "predict")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_file_is_long(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+# Each room may import from the rooms before it.
+ROOMS = [
+    "_version", "component", "phases", "episodes", "regularizers", "tasks", "curvature", "linear", "inner",
+    "meta_gradients", "functional", "metrics", "module", "callbacks", "data", "models", "cli",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_downward(path):
+    room = path.relative_to(ROOT / "lightning_imaml").parts[0].removesuffix(".py")
+    if room in ("__init__", "__main__"):
+        return
+    text = re.sub(r"if TYPE_CHECKING:\n(    .*\n)+", "", path.read_text())
+    imported = set(re.findall(r"^(?:from|import) lightning_imaml\.(\w+)", text, flags=re.MULTILINE))
+    for listed in re.findall(r"^from lightning_imaml import (.+)$", text, flags=re.MULTILINE):
+        imported |= {name.strip() for name in listed.split("#")[0].split(",")} & set(ROOMS)
+    for other in imported - {room}:
+        assert ROOMS.index(other) < ROOMS.index(room), f"{path} imports {other}"
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=repr)
+def test_settings_survive_a_weights_only_checkpoint(setting):
+    buffer = io.BytesIO()
+    torch.save(setting, buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=True) == setting
+
+
+def test_listeners_hear_of_phases_in_order_also_when_one_fails():
+    heard = []
+
+    class Listener:
+        def enter(self, name):
+            heard.append(f"+{name}")
+
+        def exit(self, name):
+            heard.append(f"-{name}")
+
+    with listening(Listener()), pytest.raises(RuntimeError), phase("outer"), phase("inner"):
+        raise RuntimeError
+    with phase("unheard"):
+        pass
+    assert heard == ["+outer", "+inner", "-inner", "-outer"]
