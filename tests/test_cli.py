@@ -40,6 +40,7 @@ def small(tmp_path) -> list[str]:
     return ["--config", str(path), *SMALL]
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # Each run has a folder of its own.
 def test_fit_test_and_predict_leave_a_picture_a_table_and_a_checkpoint(small, tmp_path, capsys):
     fitted = cli.run(["fit", *small])
     folder = Path(fitted.trainer.log_dir)
