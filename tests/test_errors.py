@@ -78,7 +78,7 @@ BAD_INPUT = {
     ),
     "learned strength without a gradient": (
         lambda: run(linear(), estimator=FirstOrder(), regularizer=Proximal(1.0, learned=True)),
-        r"no learned strengths, since they have no first-order gradient; found \['log_strength'\]. Fix them",
+        r"no learned strengths, since it has no gradient for them; found \['log_strength'\]. Fix them",
     ),
 }
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_imaml.functional import meta_gradient
 from lightning_imaml.inner import GradientDescent
-from lightning_imaml.meta_gradients import FirstOrder
+from lightning_imaml.meta_gradients import FirstOrder, Unrolled
 from lightning_imaml.regularizers import Proximal
 
 with warnings.catch_warnings():
@@ -19,10 +19,11 @@ with warnings.catch_warnings():
     learn2learn = pytest.importorskip("learn2learn", reason="learn2learn is an extra: requirements/learn2learn.txt")
 
 
-def test_first_order_is_learn2learns_first_order_maml():
+@pytest.mark.parametrize("estimator", [FirstOrder(), Unrolled()], ids=["first order", "second order"])
+def test_the_meta_gradient_is_that_of_learn2learns_maml(estimator):
     torch.manual_seed(0)
     net, episode, steps, lr = TanhNet().double(), regression_episode(tasks=3), 4, 0.1
-    maml = learn2learn.algorithms.MAML(TanhNet().double(), lr=lr, first_order=True)
+    maml = learn2learn.algorithms.MAML(TanhNet().double(), lr=lr, first_order=estimator == FirstOrder())
     maml.module.load_state_dict(net.state_dict())
     total = 0.0
     for task in range(3):
@@ -36,7 +37,7 @@ def test_first_order_is_learn2learns_first_order_maml():
         episode,
         loss=F.mse_loss,
         inner_solver=GradientDescent(lr, steps),
-        estimator=FirstOrder(),
+        estimator=estimator,
         regularizer=Proximal(1e-12),  # MAML has none.
     )
     assert ours.loss.mean().item() == pytest.approx(total.item(), rel=1e-10)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_imaml.linear import ConjugateGradient, Direct, MinRes
+from lightning_imaml.linear import ConjugateGradient, Direct, MinRes, Neumann
 
 
 def spd(tasks: int, size: int, seed: int = 0, condition: float = 50.0) -> Tensor:
@@ -89,6 +89,36 @@ def test_minres_ends_at_the_least_residual_of_a_singular_system():
     torch.testing.assert_close(solution.residual, torch.tensor([3.0], dtype=torch.float64).rsqrt(), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("step", [None, 1 / 60])
+def test_neumann_is_the_series(step):
+    matrix, b = spd(3, 12), rhs(3, 12)
+    solution = Neumann(terms=7, step=step).solve(matvec_of(matrix), b)
+    largest = torch.linalg.eigvalsh(matrix)[:, -1]
+    if step is None:  # Its own estimate is below 2/λ_max, and not far below 1/λ_max.
+        long = Neumann(terms=4000, rtol=1e-8).solve(matvec_of(matrix), b)
+        assert long.converged.all()
+        torch.testing.assert_close(long.value, torch.linalg.solve(matrix, b), rtol=1e-5, atol=1e-7)
+        assert solution.steps.tolist() == [12] * 3
+    else:
+        assert (step < 2 / largest).all()
+        power, total = b.clone(), torch.zeros_like(b)
+        for _ in range(7):
+            total, power = total + step * power, power - step * matvec_of(matrix)(power)
+        torch.testing.assert_close(solution.value, total, rtol=1e-10, atol=1e-12)
+        assert solution.steps.tolist() == [7] * 3
+    true = (b - matvec_of(matrix)(solution.value)).norm(dim=1) / b.norm(dim=1)
+    torch.testing.assert_close(solution.residual, true, rtol=1e-9, atol=1e-12)
+
+
+def test_a_neumann_series_that_grows_is_stopped():
+    matrix, b = torch.cat([spd(1, 6, condition=10.0), -spd(1, 6)]), rhs(2, 6)
+    solution = Neumann(terms=50, step=0.15, rtol=1e-3).solve(matvec_of(matrix), b)
+    assert solution.converged.tolist() == [True, False]
+    assert solution.indefinite.tolist() == [False, True]
+    assert solution.value.isfinite().all()
+    assert solution.residual[1].item() == 1.0
+
+
 def test_damping_is_added_to_the_diagonal():
     matrix, b = spd(2, 8), rhs(2, 8)
     solution = ConjugateGradient(max_iter=40, rtol=1e-12, damping=3.0).solve(matvec_of(matrix), b)
@@ -129,7 +159,7 @@ def test_indefinite_from_the_first_direction_gives_zero_and_says_so():
     assert solution.residual.item() == 1.0
 
 
-@pytest.mark.parametrize("solver", [ConjugateGradient(max_iter=4), MinRes(max_iter=4)])
+@pytest.mark.parametrize("solver", [ConjugateGradient(max_iter=4), MinRes(max_iter=4), Neumann(4, step=0.01)])
 def test_a_zero_right_hand_side_is_solved_without_a_step(solver):
     solution = solver.solve(matvec_of(spd(2, 5)), torch.zeros(2, 5, dtype=torch.float64))
     assert solution.steps.tolist() == [0, 0]
@@ -137,7 +167,7 @@ def test_a_zero_right_hand_side_is_solved_without_a_step(solver):
     assert solution.value.eq(0).all()
 
 
-@pytest.mark.parametrize("solver", [ConjugateGradient(max_iter=4), MinRes(max_iter=4), Direct()])
+@pytest.mark.parametrize("solver", [ConjugateGradient(max_iter=4), MinRes(max_iter=4), Neumann(4), Direct()])
 def test_a_product_or_a_right_hand_side_that_is_not_finite_is_not_called_solved(solver):
     matrix, b = spd(2, 5), rhs(2, 5)
     matrix[0, 0, 0] = torch.nan

@@ -1,6 +1,17 @@
 """Solvers of the inner problem."""
 
-from lightning_imaml.inner.base import InnerSolution, InnerSolver
+from lightning_imaml.inner.base import InnerSolution, InnerSolver, SteppingSolver
 from lightning_imaml.inner.gradient_descent import GradientDescent
+from lightning_imaml.inner.hessian_free import HessianFree
+from lightning_imaml.inner.nesterov import Nesterov
+from lightning_imaml.inner.torch_optimizer import TorchOptimizer
 
-__all__ = ["GradientDescent", "InnerSolution", "InnerSolver"]
+__all__ = [
+    "GradientDescent",
+    "HessianFree",
+    "InnerSolution",
+    "InnerSolver",
+    "Nesterov",
+    "SteppingSolver",
+    "TorchOptimizer",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +30,7 @@ class InnerSolution(NamedTuple):
 class InnerSolver(Component, ABC):
     """Minimises G_i for all tasks at once, each until ‖∇G_i‖ ≤ ``tol`` or for ``steps`` steps.
 
-    A subclass says how one step goes; stopping and differentiation belong to :meth:`solve`. Where G is μ-strongly
-    convex, ‖∇G‖ ≤ tol bounds the distance to the solution by tol/μ.
+    Where G is μ-strongly convex, ‖∇G‖ ≤ tol bounds the distance to the solution by tol/μ.
     """
 
     steps: int
@@ -40,6 +39,28 @@ class InnerSolver(Component, ABC):
     def __post_init__(self) -> None:
         require(self.steps >= 1, self, "steps", "at least 1", self.steps, "The paper takes 16 for 5-way Omniglot.")
         require(self.tol >= 0, self, "tol", "zero or positive", self.tol, "Use 0 to take all steps.")
+
+    @abstractmethod
+    def solve(self, problem: InnerProblem, parameters: Tensor, differentiable_steps: int = 0) -> InnerSolution:
+        """Minimise G from ``parameters``.
+
+        Args:
+            problem: the tasks.
+            parameters: the first iterate, ``[T, D]``.
+            differentiable_steps: how many of the last steps keep their graph; memory grows with these alone. The
+                iterate before them counts as ``parameters`` plus a constant.
+
+        Raises:
+            ValueError: the solver's steps cannot be differentiated.
+        """
+
+
+class SteppingSolver(InnerSolver):
+    """An inner solver that says how one step goes; stopping and differentiation belong to :meth:`solve`."""
+
+    positions: ClassVar[int] = 1
+    """How many of the state's first entries are points of the parameter space, which move with the initialisation."""
+    differentiable: ClassVar[bool] = True
 
     @abstractmethod
     def init(self, problem: InnerProblem, parameters: Tensor) -> State:
@@ -54,19 +75,18 @@ class InnerSolver(Component, ABC):
         """
 
     def solve(self, problem: InnerProblem, parameters: Tensor, differentiable_steps: int = 0) -> InnerSolution:
-        """Minimise G from ``parameters``.
-
-        Args:
-            problem: the tasks.
-            parameters: the first iterate, ``[T, D]``.
-            differentiable_steps: how many of the last steps keep their graph; memory grows with these alone.
-        """
+        """Minimise G from ``parameters``, see :meth:`InnerSolver.solve`."""
+        if not self.differentiable:
+            refuse_differentiation(self, differentiable_steps)
+        constant_steps = self.steps - differentiable_steps
         with torch.no_grad():
-            state = self.init(problem, parameters)
+            state = self.init(problem, parameters.detach())
         taken = torch.zeros(parameters.shape[0], dtype=torch.long, device=parameters.device)
         active = torch.ones_like(taken, dtype=torch.bool)
         for k in range(self.steps):
-            with torch.set_grad_enabled(k >= self.steps - differentiable_steps):
+            if k == constant_steps:
+                state = self._attach(state, parameters)
+            with torch.set_grad_enabled(k >= constant_steps):
                 following, gradient = self.step(problem, state)
                 if self.tol > 0:
                     active = active & (gradient.detach().norm(dim=1) > self.tol)
@@ -78,4 +98,21 @@ class InnerSolver(Component, ABC):
                     )
                 state = following
                 taken += active
+        if parameters.requires_grad and differentiable_steps == 0:
+            state = self._attach(state, parameters)
         return InnerSolution(state[0], taken)
+
+    def _attach(self, state: State, parameters: Tensor) -> State:
+        """Let the state's points move with ``parameters``, without changing their values."""
+        with torch.enable_grad():
+            shift = parameters - parameters.detach()
+            return (*(point + shift for point in state[: self.positions]), *state[self.positions :])
+
+
+def refuse_differentiation(solver: InnerSolver, differentiable_steps: int) -> None:
+    """Raise the error of a solver whose steps have no derivative."""
+    if differentiable_steps:
+        raise ValueError(
+            f"{type(solver).__name__}: its steps must not be differentiated; found an estimator that asks for the last "
+            f"{differentiable_steps}. Use Implicit, FirstOrder or Reptile, or the solver GradientDescent or Nesterov."
+        )

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_imaml.component import require
-from lightning_imaml.inner.base import InnerSolver, State
+from lightning_imaml.inner.base import State, SteppingSolver
 from lightning_imaml.tasks import InnerProblem
 
 
 @dataclass(frozen=True)
-class GradientDescent(InnerSolver):
+class GradientDescent(SteppingSolver):
     r"""φ ← φ − lr ∇G(φ), with the regulariser in every step (`iMAML <https://arxiv.org/abs/1909.04630>`_, eq. 3).
 
     Converges where lr < 2/L for an L-smooth G; in about κ log(1/δ) steps to distance δ, κ = L/μ.

@@ -4,5 +4,6 @@ from lightning_imaml.linear.base import LinearSolution, LinearSolver
 from lightning_imaml.linear.conjugate_gradient import ConjugateGradient
 from lightning_imaml.linear.direct import Direct
 from lightning_imaml.linear.minres import MinRes
+from lightning_imaml.linear.neumann import Neumann
 
-__all__ = ["ConjugateGradient", "Direct", "LinearSolution", "LinearSolver", "MinRes"]
+__all__ = ["ConjugateGradient", "Direct", "LinearSolution", "LinearSolver", "MinRes", "Neumann"]

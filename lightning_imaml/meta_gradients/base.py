@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.utils import _pytree as pytree
 
 from lightning_imaml.component import Component
@@ -61,3 +62,19 @@ def query_gradient(query: TaskLoss, parameters: Tensor) -> tuple[Tensor, Any, Te
         loss = query.of(outputs)
         (gradient,) = torch.autograd.grad(loss.sum(), point)
     return loss.detach(), pytree.tree_map(Tensor.detach, outputs), gradient
+
+
+def final_residual(problem: InnerProblem, inner: InnerSolution) -> Tensor:
+    """‖∇G‖ at the inner solution: ``[T]``."""
+    with torch.no_grad():
+        residual: Tensor = vector_norm(problem.gradient(inner.parameters), dim=1)
+    return residual
+
+
+def refuse_strengths(estimator: Estimator, problem: InnerProblem) -> None:
+    """Raise the error of an estimator for which learned strengths have no gradient."""
+    if problem.strengths:
+        raise ValueError(
+            f"{type(estimator).__name__}: the regulariser must have no learned strengths, since it has no gradient for "
+            f"them; found {sorted(problem.strengths)}. Fix them, or use Implicit or Unrolled."
+        )

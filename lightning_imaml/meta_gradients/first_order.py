@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from lightning_imaml.inner.base import InnerSolver
-from lightning_imaml.meta_gradients.base import Estimate, Estimator, query_gradient
+from lightning_imaml.meta_gradients.base import Estimate, Estimator, final_residual, query_gradient, refuse_strengths
 from lightning_imaml.phases import INNER_LOOP, phase
 from lightning_imaml.tasks import InnerProblem, TaskLoss
 
@@ -24,14 +22,8 @@ class FirstOrder(Estimator):
 
     def estimate(self, problem: InnerProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
         """Adapt, judge and differentiate, see :meth:`Estimator.estimate`."""
-        if problem.strengths:
-            raise ValueError(
-                f"FirstOrder: the regulariser must have no learned strengths, since they have no first-order gradient; "
-                f"found {sorted(problem.strengths)}. Fix them, or use Implicit."
-            )
+        refuse_strengths(self, problem)
         with phase(INNER_LOOP):
             inner = inner_solver.solve(problem, problem.start())
         loss, outputs, slope = query_gradient(query, inner.parameters)
-        with torch.no_grad():
-            residual = problem.gradient(inner.parameters).norm(dim=1)
-        return Estimate(loss, outputs, inner, residual, slope.sum(dim=0))
+        return Estimate(loss, outputs, inner, final_residual(problem, inner), slope.sum(dim=0))

@@ -1,0 +1,87 @@
+"""The Neumann series."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.linalg import vecdot, vector_norm
+
+from lightning_imaml.component import require
+from lightning_imaml.linear.base import LinearSolution, LinearSolver, MatVec
+
+_POWER_STEPS = 5
+_MARGIN = 1.2
+
+
+@dataclass(frozen=True)
+class Neumann(LinearSolver):
+    r"""The truncated Neumann series (`Lorraine et al., 2020 <https://arxiv.org/abs/1911.02590>`_, eq. 8).
+
+    .. math:: x = η \sum_{j=0}^{\text{terms} - 1} (I - ηA)^j b
+
+    It converges where A is positive definite and η < 2/λ_max. With ``step`` given, that is checked as it goes: a task
+    whose terms grow stops, keeps what it had and is not converged. Without, η = 1/λ_max, with λ_max estimated for
+    every task by 5 power iterations from b (5 more products) and a margin of 20 %.
+
+    Args:
+        terms: terms of the series; each but the first costs one product with A, and so does the residual.
+        step: η; None estimates it.
+        rtol: a task is converged when ‖b − Ax‖ ≤ rtol ‖b‖.
+
+    Raises:
+        ValueError: ``terms`` is below 1, ``step`` is not positive or ``rtol`` is negative.
+    """
+
+    terms: int
+    step: float | None = None
+    rtol: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.terms >= 1, self, "terms", "at least 1", self.terms, "More terms are more exact.")
+        require(self.step is None or self.step > 0, self, "step", "positive or None", self.step, "None estimates it.")
+        require(
+            self.rtol >= 0, self, "rtol", "zero or positive", self.rtol, "It only decides what counts as converged."
+        )
+
+    def solve(self, matvec: MatVec, rhs: Tensor) -> LinearSolution:
+        """Solve A x = b for every task, see :meth:`LinearSolver.solve`."""
+        norm = size = vector_norm(rhs, dim=1)
+        steps = torch.zeros_like(norm, dtype=torch.long)
+        if self.step is None:
+            eta = _inverse_norm(matvec, rhs)
+            steps += _POWER_STEPS
+        else:
+            eta = torch.full_like(norm, self.step)
+        term, x = rhs.clone(), torch.zeros_like(rhs)
+        active = norm > 0
+        indefinite = torch.zeros_like(active)
+        broken = ~norm.isfinite()
+        for _ in range(self.terms):
+            x.addcmul_(torch.where(active, eta, 0).unsqueeze(1), term)
+            product = matvec(term)
+            steps += active
+            indefinite |= active & (vecdot(term, product) <= 0)
+            # After k terms, b − Ax is the next term: the residual is free.
+            following = torch.addcmul(term, eta.unsqueeze(1), product, value=-1)
+            reached = vector_norm(following, dim=1)
+            broken |= active & ~reached.isfinite()
+            # The last term made it worse, or is not finite: take it back.
+            worse = active & ~(reached < size)
+            x.addcmul_(torch.where(worse, -eta, 0).unsqueeze(1), term)
+            active = active & ~worse
+            term = torch.where(active.unsqueeze(1), following, term)
+            size = torch.where(active, reached, size)
+        residual = torch.where(norm == 0, 0, size / norm).masked_fill(broken, torch.nan)
+        return LinearSolution(x, steps, residual, residual <= self.rtol, indefinite)
+
+
+def _inverse_norm(matvec: MatVec, rhs: Tensor) -> Tensor:
+    """1/λ_max for every task, from below."""
+    v = rhs
+    for _ in range(_POWER_STEPS):
+        v = v / vector_norm(v, dim=1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
+        v = matvec(v)
+    inverse: Tensor = (_MARGIN * vector_norm(v, dim=1)).clamp(min=torch.finfo(v.dtype).tiny).reciprocal()
+    return inverse

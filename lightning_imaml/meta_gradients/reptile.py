@@ -1,0 +1,35 @@
+"""The Reptile direction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lightning_imaml.inner.base import InnerSolver
+from lightning_imaml.meta_gradients.base import Estimate, Estimator, final_residual, refuse_strengths
+from lightning_imaml.phases import INNER_LOOP, phase
+from lightning_imaml.tasks import InnerProblem, TaskLoss
+
+
+@dataclass(frozen=True)
+class Reptile(Estimator):
+    """θ − φ_i in place of dQ_i/dθ (`Nichol et al., 2018 <https://arxiv.org/abs/1803.02999>`_, Algorithm 2).
+
+    It never differentiates the query loss, which is reported only; for the paper's protocol, put all of a task's
+    examples in its support set. Plain SGD with learning rate ε makes θ ← θ + ε mean(φ_i − θ).
+
+    Raises:
+        ValueError: the regulariser has learned strengths, which have no such direction.
+    """
+
+    def estimate(self, problem: InnerProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
+        """Adapt, judge and point, see :meth:`Estimator.estimate`."""
+        refuse_strengths(self, problem)
+        with phase(INNER_LOOP):
+            inner = inner_solver.solve(problem, problem.start())
+        with torch.no_grad():
+            outputs = query.outputs(inner.parameters)
+            loss = query.of(outputs)
+            direction = (problem.initial - inner.parameters).sum(dim=0)
+        return Estimate(loss, outputs, inner, final_residual(problem, inner), direction)

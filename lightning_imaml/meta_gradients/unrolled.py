@@ -1,0 +1,80 @@
+"""Meta-gradients by differentiating the inner loop's own steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils import _pytree as pytree
+
+from lightning_imaml.component import require
+from lightning_imaml.inner.base import InnerSolution, InnerSolver
+from lightning_imaml.meta_gradients.base import Estimate, Estimator, final_residual, refuse_strengths
+from lightning_imaml.phases import INNER_LOOP, phase
+from lightning_imaml.tasks import InnerProblem, TaskLoss
+
+
+@dataclass(frozen=True)
+class Unrolled(Estimator):
+    """Back-propagation through all inner steps: MAML (`Finn et al., 2017 <https://arxiv.org/abs/1703.03400>`_, eq. 1).
+
+    Exact for the iterate that the inner loop ends at, converged or not. Memory grows linearly with the inner steps.
+    """
+
+    def estimate(self, problem: InnerProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
+        """Adapt, judge and differentiate, see :meth:`Estimator.estimate`."""
+        return _through_steps(problem, query, inner_solver, inner_solver.steps)
+
+
+@dataclass(frozen=True)
+class Truncated(Estimator):
+    """Back-propagation through the last inner steps alone (`Shaban et al., 2019 <https://arxiv.org/abs/1810.10667>`_).
+
+    The iterate before them counts as θ plus a constant: with all steps this is :class:`Unrolled`, with none
+    :class:`FirstOrder`. Memory grows with ``last_steps``, not with the inner steps.
+
+    Args:
+        last_steps: how many of the last steps to differentiate.
+
+    Raises:
+        ValueError: ``last_steps`` is negative; in use, it exceeds the inner solver's steps, or that solver has a
+            tolerance, so that tasks end before the last steps; or strengths are learned and no step is differentiated.
+    """
+
+    last_steps: int
+
+    def __post_init__(self) -> None:
+        require(self.last_steps >= 0, self, "last_steps", "zero or positive", self.last_steps, "0 is first order.")
+
+    def estimate(self, problem: InnerProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
+        """Adapt, judge and differentiate, see :meth:`Estimator.estimate`."""
+        if self.last_steps > inner_solver.steps or inner_solver.tol > 0:
+            raise ValueError(
+                f"Truncated: last_steps must be at most the inner solver's steps, which must have tol=0 so that every "
+                f"task takes them all; found last_steps={self.last_steps} and {inner_solver}. Lower last_steps, or use "
+                "Unrolled."
+            )
+        if self.last_steps == 0:
+            refuse_strengths(self, problem)
+        return _through_steps(problem, query, inner_solver, self.last_steps)
+
+
+def _through_steps(problem: InnerProblem, query: TaskLoss, inner_solver: InnerSolver, steps: int) -> Estimate:
+    with torch.enable_grad():
+        initial = problem.initial.detach().requires_grad_()
+        strengths = {name: value.detach().requires_grad_() for name, value in problem.strengths.items()}
+        attached = replace(problem, initial=initial, strengths=strengths)
+        with phase(INNER_LOOP):
+            inner = inner_solver.solve(attached, attached.start(), differentiable_steps=steps)
+        outputs = query.outputs(inner.parameters)
+        loss = query.of(outputs)
+        gradients = torch.autograd.grad(loss.sum(), [initial, *strengths.values()], materialize_grads=True)
+    inner = InnerSolution(inner.parameters.detach(), inner.steps)
+    return Estimate(
+        loss.detach(),
+        pytree.tree_map(torch.Tensor.detach, outputs),
+        inner,
+        final_residual(problem, inner),
+        gradients[0],
+        dict(zip(strengths, gradients[1:], strict=True)),
+    )
