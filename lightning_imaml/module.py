@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -77,8 +78,10 @@ class IMAMLModule(LightningModule):
                 raise ValueError(f"{name} must be at least 1; found {value}. Leave it out for the default.")
         if gradient_clip_val is not None and gradient_clip_val <= 0:
             raise ValueError(f"gradient_clip_val must be positive or None for no clipping; found {gradient_clip_val}.")
-        # Code is not a setting: pass networks, losses and optimizers again to load_from_checkpoint.
-        self.save_hyperparameters(ignore=["backbone", "loss", "optimizer", "lr_scheduler"])
+        # From a script, networks, losses and optimizers are code: pass them again to load_from_checkpoint. From
+        # LightningCLI all arguments are plain configuration, and its test and predict need them in the checkpoint.
+        code = [] if _given_hyperparameters.get() else ["backbone", "loss", "optimizer", "lr_scheduler"]
+        self.save_hyperparameters(ignore=code)
         self.automatic_optimization = False
         self.loss = loss
         self.inner_solver = inner_solver

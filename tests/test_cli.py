@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from lightning_imaml import cli
+from lightning_imaml import IMAMLModule, cli
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
@@ -53,6 +55,13 @@ def test_fit_test_and_predict_leave_a_picture_a_table_and_a_checkpoint(small, tm
     assert "5-way 1-shot" in printed
     best = fitted.trainer.checkpoint_callback.best_model_path
     assert Path(best).is_file()
+    loaded = IMAMLModule.load_from_checkpoint(best)
+    assert loaded.backbone.classifier.in_features == 4 * 2 * 2
+    assert loaded.inner_solver == fitted.model.inner_solver
+    # In a process of its own, as a person would: nothing of the fit is left in the parser.
+    command = [sys.executable, "-m", "lightning_imaml", "test", *small, "--ckpt_path", best]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
     tested = cli.run(["test", *small, "--ckpt_path", best])
     assert 0 <= tested.trainer.callback_metrics["test/accuracy"] <= 1
     printed = capsys.readouterr().out
