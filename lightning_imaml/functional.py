@@ -94,8 +94,7 @@ def adapt(
         for problem, _ in parts:
             with phase(INNER_LOOP):
                 solutions.append(inner_solver.solve(problem, problem.start()))
-            with torch.no_grad():
-                residuals.append(problem.gradient(solutions[-1].parameters).norm(dim=1))
+            residuals.append(problem.residual(solutions[-1].parameters))
         residual = torch.cat(residuals)
         _require_finite("the inner loop's gradient norm", residual)
         parameters = flat.unflatten(torch.cat([s.parameters for s in solutions]))
@@ -192,7 +191,7 @@ def meta_gradient(
         losses = torch.cat([e.loss for e in estimates])
         residual = torch.cat([e.residual for e in estimates])
         gradient = torch.stack([e.initial for e in estimates]).sum(dim=0) / losses.shape[0]
-        grads = {name: g.squeeze(0) for name, g in flat.unflatten(gradient.unsqueeze(0)).items()}
+        grads = flat.unflatten(gradient)
         for name in estimates[0].strengths:
             total = torch.stack([e.strengths[name] for e in estimates]).sum(dim=0)
             grads[f"regularizer.{name}"] = total / losses.shape[0]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.linalg import vector_norm
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
@@ -181,6 +182,12 @@ class InnerProblem:
             # Tasks do not share rows, so the gradient of the sum holds each task's own gradient.
             (gradient,) = torch.autograd.grad(self.support.value(point).sum(), point, create_graph=create_graph)
         return gradient + self.regularizer.gradient(parameters, self.initial, self.strengths)
+
+    def residual(self, parameters: Tensor) -> Tensor:
+        """‖∇G‖, how far the parameters are from a solution: ``[T]``."""
+        with torch.no_grad():
+            residual: Tensor = vector_norm(self.gradient(parameters), dim=1)
+        return residual
 
 
 def _first(tree: Any) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 from torch.utils import _pytree as pytree
 
 from lightning_imaml.component import Component
@@ -62,13 +61,6 @@ def query_gradient(query: TaskLoss, parameters: Tensor) -> tuple[Tensor, Any, Te
         loss = query.of(outputs)
         (gradient,) = torch.autograd.grad(loss.sum(), point)
     return loss.detach(), pytree.tree_map(Tensor.detach, outputs), gradient
-
-
-def final_residual(problem: InnerProblem, inner: InnerSolution) -> Tensor:
-    """‖∇G‖ at the inner solution: ``[T]``."""
-    with torch.no_grad():
-        residual: Tensor = vector_norm(problem.gradient(inner.parameters), dim=1)
-    return residual
 
 
 def refuse_strengths(estimator: Estimator, problem: InnerProblem) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_imaml.inner.base import InnerSolver
-from lightning_imaml.meta_gradients.base import Estimate, Estimator, final_residual, query_gradient, refuse_strengths
+from lightning_imaml.meta_gradients.base import Estimate, Estimator, query_gradient, refuse_strengths
 from lightning_imaml.phases import INNER_LOOP, phase
 from lightning_imaml.tasks import InnerProblem, TaskLoss
 
@@ -26,4 +26,4 @@ class FirstOrder(Estimator):
         with phase(INNER_LOOP):
             inner = inner_solver.solve(problem, problem.start())
         loss, outputs, slope = query_gradient(query, inner.parameters)
-        return Estimate(loss, outputs, inner, final_residual(problem, inner), slope.sum(dim=0))
+        return Estimate(loss, outputs, inner, problem.residual(inner.parameters), slope.sum(dim=0))

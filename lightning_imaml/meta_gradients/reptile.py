@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_imaml.inner.base import InnerSolver
-from lightning_imaml.meta_gradients.base import Estimate, Estimator, final_residual, refuse_strengths
+from lightning_imaml.meta_gradients.base import Estimate, Estimator, refuse_strengths
 from lightning_imaml.phases import INNER_LOOP, phase
 from lightning_imaml.tasks import InnerProblem, TaskLoss
 
@@ -32,4 +32,4 @@ class Reptile(Estimator):
             outputs = query.outputs(inner.parameters)
             loss = query.of(outputs)
             direction = (problem.initial - inner.parameters).sum(dim=0)
-        return Estimate(loss, outputs, inner, final_residual(problem, inner), direction)
+        return Estimate(loss, outputs, inner, problem.residual(inner.parameters), direction)

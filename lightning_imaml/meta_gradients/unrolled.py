@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_imaml.component import require
 from lightning_imaml.inner.base import InnerSolution, InnerSolver
-from lightning_imaml.meta_gradients.base import Estimate, Estimator, final_residual, refuse_strengths
+from lightning_imaml.meta_gradients.base import Estimate, Estimator, refuse_strengths
 from lightning_imaml.phases import INNER_LOOP, phase
 from lightning_imaml.tasks import InnerProblem, TaskLoss
 
@@ -74,7 +74,7 @@ def _through_steps(problem: InnerProblem, query: TaskLoss, inner_solver: InnerSo
         loss.detach(),
         pytree.tree_map(torch.Tensor.detach, outputs),
         inner,
-        final_residual(problem, inner),
+        problem.residual(inner.parameters),
         gradients[0],
         dict(zip(strengths, gradients[1:], strict=True)),
     )
