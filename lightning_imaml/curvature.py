@@ -5,16 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_imaml import compilation
 from lightning_imaml.component import Component
 from lightning_imaml.tasks import InnerProblem
 
 
-@dataclass(frozen=True)
-class Linearization:
+class Linearization(NamedTuple):
     """The inner objective G around one point.
 
     Attributes:
@@ -30,9 +31,13 @@ class Linearization:
 class Curvature(Component, ABC):
     """Which second derivative of the support loss the implicit system and the Hessian-free solver use."""
 
-    @abstractmethod
     def linearize(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
         """Linearise G around ``parameters``, ``[T, D]``."""
+        return Linearization(*compilation.run_linear(self.expand, problem, parameters))
+
+    @abstractmethod
+    def expand(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
+        """What :meth:`linearize` compiles where the user asked for it."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,8 @@ class Hessian(Curvature):
     Away from a minimum of L it can be indefinite; conjugate gradient then stops early and reports it.
     """
 
-    def linearize(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
-        """Linearise G around ``parameters``, ``[T, D]``."""
+    def expand(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
+        """Linearise G around ``parameters``, ``[T, D]``, with plain PyTorch."""
         with torch.enable_grad():
             point = parameters.detach().requires_grad_()
             loss = problem.support.value(point).sum()
@@ -69,8 +74,8 @@ class GaussNewton(Curvature):
     linear in its parameters or fits its support set exactly.
     """
 
-    def linearize(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
-        """Linearise G around ``parameters``, ``[T, D]``."""
+    def expand(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
+        """Linearise G around ``parameters``, ``[T, D]``, with plain PyTorch."""
         with torch.enable_grad():
             point = parameters.detach().requires_grad_()
             outputs = problem.support.outputs(point)

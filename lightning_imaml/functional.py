@@ -68,6 +68,7 @@ def adapt(
     regularizer: Regularizer = DEFAULT_REGULARIZER,
     strengths: Mapping[str, Tensor] | None = None,
     chunk_size: int | None = None,
+    compile: bool = False,
 ) -> Adapted:
     """Adapt a network to T tasks, each on its own support set.
 
@@ -82,13 +83,16 @@ def adapt(
         regularizer: R.
         strengths: the regulariser's learned values; None takes their first values.
         chunk_size: the most tasks at once, which bounds memory; None takes all.
+        compile: run the inner loop and the linear solve through ``torch.compile``, once the same shapes come a second
+            time; the first compilation takes about a minute. Where that fails, one warning says why, and all runs as
+            without. Pass the same loss object every time: another one is compiled anew.
 
     Raises:
         ValueError: an argument does not fit, see the message.
         FloatingPointError: a task's adaptation is not finite; the message names the tasks.
     """
     episode = Episode(support_inputs, support_targets, support_inputs, support_targets)
-    flat, parts = _prepare(model, episode, loss, loss, regularizer, strengths, chunk_size)
+    flat, parts = _prepare(model, episode, loss, loss, regularizer, strengths, chunk_size, compile)
     solutions, residuals = [], []
     with _full_precision(flat):
         for problem, _ in parts:
@@ -166,6 +170,7 @@ def meta_gradient(
     regularizer: Regularizer = DEFAULT_REGULARIZER,
     strengths: Mapping[str, Tensor] | None = None,
     chunk_size: int | None = None,
+    compile: bool = False,
 ) -> MetaGradient:
     """The gradient of F(θ, λ) = (1/T) Σ_i Q_i(φ_i) for a batch of tasks.
 
@@ -180,12 +185,15 @@ def meta_gradient(
         regularizer: R.
         strengths: the regulariser's learned values λ; None takes their first values.
         chunk_size: the most tasks at once, which bounds memory; None takes all.
+        compile: run the inner loop and the linear solve through ``torch.compile``, once the same shapes come a second
+            time; the first compilation takes about a minute. Where that fails, one warning says why, and all runs as
+            without. Pass the same loss object every time: another one is compiled anew.
 
     Raises:
         ValueError: an argument does not fit, see the message.
         FloatingPointError: a loss, a residual or the meta-gradient is not finite; the message names the tasks.
     """
-    flat, parts = _prepare(model, episode, loss, outer_loss or loss, regularizer, strengths, chunk_size)
+    flat, parts = _prepare(model, episode, loss, outer_loss or loss, regularizer, strengths, chunk_size, compile)
     with _full_precision(flat):
         estimates = [estimator.estimate(problem, query, inner_solver) for problem, query in parts]
         losses = torch.cat([e.loss for e in estimates])
@@ -223,10 +231,11 @@ def _prepare(
     regularizer: Regularizer,
     strengths: Mapping[str, Tensor] | None,
     chunk_size: int | None,
+    compile: bool,
 ) -> tuple[FlatModel, Iterator[tuple[InnerProblem, TaskLoss]]]:
     """Check everything once, and cut the episode into chunks of tasks."""
     _check_chunk_size(chunk_size)
-    flat = FlatModel(model)
+    flat = FlatModel(model, compile)
     episode.validate()
     for name in ("support_inputs", "query_inputs"):
         for leaf in pytree.tree_leaves(getattr(episode, name)):

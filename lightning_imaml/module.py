@@ -53,6 +53,8 @@ class IMAMLModule(LightningModule):
         accumulate_meta_batches: average the meta-gradients of this many batches for one step; likewise. What is left at
             the end of an epoch makes a smaller step, as in the Trainer's own accumulation.
         chunk_size: the most tasks at once, which bounds memory; None takes all.
+        compile: run training and evaluation through ``torch.compile``, see
+            :func:`lightning_imaml.functional.meta_gradient`.
 
     Override :meth:`configure_backbone`, :meth:`inner_loss`, :meth:`outer_loss`, :meth:`configure_metrics` or
     :meth:`configure_optimizers` to change one thing.
@@ -71,6 +73,7 @@ class IMAMLModule(LightningModule):
         gradient_clip_val: float | None = None,
         accumulate_meta_batches: int = 1,
         chunk_size: int | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("accumulate_meta_batches", accumulate_meta_batches), ("chunk_size", chunk_size)):
@@ -93,6 +96,8 @@ class IMAMLModule(LightningModule):
         self.gradient_clip_val = gradient_clip_val
         self.accumulate_meta_batches = accumulate_meta_batches
         self.chunk_size = chunk_size
+        # Not ``compile``: that is nn.Module's method.
+        self.compile_solves = compile
         self.strengths = nn.ParameterDict()
         for stage in ("val", "test"):
             metrics = self.configure_metrics()
@@ -202,6 +207,7 @@ class IMAMLModule(LightningModule):
             regularizer=self.regularizer,
             strengths=dict(self.strengths),
             chunk_size=self.chunk_size,
+            compile=self.compile_solves,
         )
 
     def meta_gradient(
@@ -219,6 +225,7 @@ class IMAMLModule(LightningModule):
             regularizer=self.regularizer,
             strengths=dict(self.strengths),
             chunk_size=self.chunk_size,
+            compile=self.compile_solves,
         )
 
     def _loss(self, name: str) -> Callable[[Any, Any], Tensor]:

@@ -6,9 +6,10 @@ Row i of a parameter matrix holds all trainable parameters of the network that t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import weakref
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.linalg import vector_norm
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
+from lightning_imaml import compilation
 from lightning_imaml.regularizers.base import Regularizer
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -30,13 +32,15 @@ class FlatModel:
 
     Args:
         module: any module that maps inputs ``[n, ...]`` to outputs ``[n, ...]``.
+        compile: compile functions of it, see :mod:`lightning_imaml.compilation`. Rows then hold the weights of
+            convolutions with the channels innermost, as compiled convolutions read them.
 
     Raises:
         ValueError: nothing in the module is trainable, its trainable parameters differ in dtype or device, or it would
             update BatchNorm running statistics, which tasks must not share.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, compile: bool = False) -> None:
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError(
@@ -58,43 +62,65 @@ class FlatModel:
                     "lightning_imaml.models.use_batch_statistics(backbone)."
                 )
         self.module = module
+        self.compile = compile
         self.names = list(trainable)
-        self.shapes = [p.shape for p in trainable.values()]
+        self.shapes = [self._stored(p).shape for p in trainable.values()]
         self.sizes = [p.numel() for p in trainable.values()]
         self.dtype, self.device = next(iter(kinds))
 
     def initial(self) -> Tensor:
         """The module's own parameters as one row ``[D]``, detached."""
         parameters = dict(self.module.named_parameters())
-        return torch.cat([parameters[name].detach().reshape(-1) for name in self.names])
+        return torch.cat([self._stored(parameters[name].detach()).reshape(-1) for name in self.names])
 
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
         """Cut ``[..., D]`` into named tensors ``[..., *shape]``."""
         # One split, not one slice a parameter: its backward is one concatenation instead of a zero-filled [T, D] each.
         pieces = torch.split(flat, self.sizes, dim=-1)
-        return {
-            name: piece.reshape(*flat.shape[:-1], *shape)
-            for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)
-        }
+        shaped = [piece.reshape(*flat.shape[:-1], *shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+        if self.compile:
+            shaped = [t.movedim(-1, -3) if len(s) == 4 else t for t, s in zip(shaped, self.shapes, strict=True)]
+        return dict(zip(self.names, shaped, strict=True))
 
     def flatten(self, named: Mapping[str, Tensor]) -> Tensor:
         """The inverse of :meth:`unflatten` for tensors ``[T, *shape]``: ``[T, D]``."""
-        return torch.cat([named[name].flatten(1) for name in self.names], dim=1)
+        return torch.cat([vmap(self._stored)(named[name]).flatten(1) for name in self.names], dim=1)
 
-    def __call__(self, parameters: Tensor, inputs: Any) -> Any:
-        """Outputs ``[T, n, ...]`` of every task's own network, from ``[T, D]`` and inputs ``[T, n, ...]``."""
+    def _stored(self, parameter: Tensor) -> Tensor:
+        return parameter.movedim(1, -1) if self.compile and parameter.ndim == 4 else parameter
+
+    def state(self) -> dict[str, Tensor]:
+        """What the network has besides its trainable parameters: the frozen ones and its buffers."""
+        named = dict(self.module.named_buffers()) | dict(self.module.named_parameters())
+        return {name: tensor.detach() for name, tensor in named.items() if name not in self.names}
+
+    def signature(self) -> Hashable:
+        """What a function of the network may depend on besides tensors."""
+        return weakref.ref(self.module), tuple(m.training for m in self.module.modules()), tuple(self.names)
+
+    def __call__(self, parameters: Tensor, inputs: Any, state: Mapping[str, Tensor] | None = None) -> Any:
+        """Outputs of every task's own network.
+
+        Args:
+            parameters: ``[T, D]``.
+            inputs: ``[T, n, ...]``.
+            state: stands in for :meth:`state`.
+
+        Returns:
+            ``[T, n, ...]``.
+        """
+
+        def call(named: dict[str, Tensor], inputs: Any) -> Any:
+            return functional_call(self.module, {**named, **(state or {})}, (inputs,))
+
         named = self.unflatten(parameters)
         if parameters.shape[0] == 1:
             # One task needs no batching rules: operations that vmap cannot batch work with chunk_size=1.
-            single = self._call(_first(named), _first(inputs))
-            return pytree.tree_map(lambda t: t.unsqueeze(0), single)
-        return vmap(self._call, randomness="different")(named, inputs)
-
-    def _call(self, named: dict[str, Tensor], inputs: Any) -> Any:
-        return functional_call(self.module, named, (inputs,))
+            return pytree.tree_map(lambda t: t.unsqueeze(0), call(_first(named), _first(inputs)))
+        return vmap(call, randomness="different")(named, inputs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TaskLoss:
     """The loss of T tasks on one of their two sets: L (support) or Q (query).
 
@@ -104,6 +130,7 @@ class TaskLoss:
         inputs: ``[T, n, ...]``.
         targets: ``[T, n, ...]``.
         classes: the number of outputs that the targets need, where the loss takes class indices.
+        state: stands in for the network's frozen parameters and buffers.
     """
 
     model: FlatModel
@@ -111,10 +138,34 @@ class TaskLoss:
     inputs: Any
     targets: Any
     classes: int | None = None
+    state: Mapping[str, Tensor] | None = None
+
+    @property
+    def compile(self) -> bool:
+        """Whether to compile functions of it."""
+        return self.model.compile
+
+    @property
+    def tasks(self) -> int:
+        """The number of tasks T."""
+        return int(pytree.tree_leaves(self.targets)[0].shape[0])
+
+    def tensors(self) -> Any:
+        """All tensors that the loss depends on."""
+        return self.inputs, self.targets, self.model.state() if self.state is None else dict(self.state)
+
+    def bind(self, tensors: Any) -> Self:
+        """The same loss of other tensors."""
+        inputs, targets, state = tensors
+        return replace(self, inputs=inputs, targets=targets, state=state)
+
+    def signature(self) -> Hashable:
+        """What else the loss depends on."""
+        return self.model.signature(), self.loss, self.classes
 
     def outputs(self, parameters: Tensor) -> Any:
         """The network's outputs ``[T, n, ...]`` at ``[T, D]`` parameters."""
-        return self.check(self.model(parameters, self.inputs))
+        return self.check(self.model(parameters, self.inputs, self.state))
 
     def check(self, outputs: Any) -> Any:
         """The outputs themselves, if they have one entry for each class that the targets name."""
@@ -145,7 +196,7 @@ class TaskLoss:
         return self.of(self.outputs(parameters))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InnerProblem:
     """The inner problem of T tasks: minimise G_i(φ_i) = L_i(φ_i) + R(φ_i, θ, λ) over the rows φ_i (paper, eq. 3).
 
@@ -162,32 +213,61 @@ class InnerProblem:
     strengths: Mapping[str, Tensor]
 
     @property
+    def compile(self) -> bool:
+        """Whether to compile functions of it."""
+        return self.support.compile
+
+    @property
     def tasks(self) -> int:
         """The number of tasks T."""
-        return int(pytree.tree_leaves(self.support.targets)[0].shape[0])
+        return self.support.tasks
+
+    def tensors(self) -> Any:
+        """All tensors that the problem depends on."""
+        return self.support.tensors(), self.initial, dict(self.strengths)
+
+    def bind(self, tensors: Any) -> Self:
+        """The same problem of other tensors."""
+        support, initial, strengths = tensors
+        return replace(self, support=self.support.bind(support), initial=initial, strengths=strengths)
+
+    def signature(self) -> Hashable:
+        """What else the problem depends on."""
+        return self.support.signature(), self.regularizer
 
     def start(self) -> Tensor:
         """θ as the first iterate of every task: ``[T, D]``."""
-        return self.initial.expand(self.tasks, -1)
+        return self.initial.expand(self.tasks, -1).contiguous()
 
     def value(self, parameters: Tensor) -> Tensor:
         """G: ``[T]``."""
-        return self.support.value(parameters) + self.regularizer.penalty(parameters, self.initial, self.strengths)
+        value: Tensor = compilation.run(_value, self, parameters)
+        return value
 
     def gradient(self, parameters: Tensor) -> Tensor:
         """∇G: ``[T, D]``, differentiable again where gradients are enabled and the parameters require them."""
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            point = parameters if parameters.requires_grad else parameters.detach().requires_grad_()
-            # Tasks do not share rows, so the gradient of the sum holds each task's own gradient.
-            (gradient,) = torch.autograd.grad(self.support.value(point).sum(), point, create_graph=create_graph)
-        return gradient + self.regularizer.gradient(parameters, self.initial, self.strengths)
+        gradient: Tensor = compilation.run(_gradient, self, parameters)
+        return gradient
 
     def residual(self, parameters: Tensor) -> Tensor:
         """‖∇G‖, how far the parameters are from a solution: ``[T]``."""
         with torch.no_grad():
             residual: Tensor = vector_norm(self.gradient(parameters), dim=1)
         return residual
+
+
+def _value(problem: InnerProblem, parameters: Tensor) -> Tensor:
+    penalty = problem.regularizer.penalty(parameters, problem.initial, problem.strengths)
+    return problem.support.value(parameters) + penalty
+
+
+def _gradient(problem: InnerProblem, parameters: Tensor) -> Tensor:
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        point = parameters if parameters.requires_grad else parameters.detach().requires_grad_()
+        # Tasks do not share rows, so the gradient of the sum holds each task's own gradient.
+        (gradient,) = torch.autograd.grad(problem.support.value(point).sum(), point, create_graph=create_graph)
+    return gradient + problem.regularizer.gradient(parameters, problem.initial, problem.strengths)
 
 
 def _first(tree: Any) -> Any:

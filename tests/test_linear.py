@@ -54,6 +54,61 @@ def test_solvers_reach_the_dense_solution(solver):
     assert not solution.indefinite.any()
 
 
+def badly_scaled(tasks: int, size: int) -> Tensor:
+    scale = torch.logspace(0, 2, size, dtype=torch.float64)
+    return scale[:, None] * spd(tasks, size, condition=3.0) * scale
+
+
+def test_jacobi_estimates_the_diagonal():
+    matrix = badly_scaled(2, 10)
+    inverse = ConjugateGradient(jacobi_probes=4000, damping=0.5)._jacobi(matvec_of(matrix), rhs(2, 10))
+    true = matrix.diagonal(dim1=1, dim2=2) + 0.5
+    large = true > true.mean(dim=1, keepdim=True) / 10
+    torch.testing.assert_close(1 / inverse[large], true[large], rtol=0.1, atol=0)
+    torch.testing.assert_close(1 / inverse[:, 0], (1 / inverse).amin(dim=1))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_preconditioned_cg_takes_the_iterates_of_scipy(steps):
+    matrix, b = badly_scaled(3, 12), rhs(3, 12)
+    solver = ConjugateGradient(max_iter=steps, jacobi_probes=8)
+    ours, inverse = solver.solve(matvec_of(matrix), b), solver._jacobi(matvec_of(matrix), b)
+    for i in range(3):
+        iterates: list[np.ndarray] = []
+        scipy.sparse.linalg.cg(
+            matrix[i].numpy(), b[i].numpy(), rtol=0, atol=0, maxiter=steps, M=np.diag(inverse[i].numpy()),
+            callback=_keep(iterates),
+        )  # fmt: skip
+        np.testing.assert_allclose(ours.value[i].numpy(), iterates[steps - 1], rtol=1e-9, atol=1e-12)
+    assert ours.steps.tolist() == [8 + steps] * 3
+    true = (b - matvec_of(matrix)(ours.value)).norm(dim=1) / b.norm(dim=1)
+    torch.testing.assert_close(ours.residual, true, rtol=1e-8, atol=1e-12)
+
+
+def test_jacobi_solves_a_diagonal_system_at_once_and_a_badly_scaled_one_sooner():
+    diagonal = torch.diag_embed(torch.rand(2, 12, dtype=torch.float64) + 0.1)
+    state = torch.get_rng_state()
+    once = ConjugateGradient(max_iter=1, jacobi_probes=1).solve(matvec_of(diagonal), rhs(2, 12))
+    assert (once.residual < 1e-12).all()
+    assert torch.equal(state, torch.get_rng_state())
+    matrix, b = badly_scaled(3, 40), rhs(3, 40)
+    plain, jacobi = (
+        ConjugateGradient(max_iter=400, rtol=1e-8, jacobi_probes=probes).solve(matvec_of(matrix), b)
+        for probes in (0, 10)
+    )
+    assert jacobi.converged.all()
+    torch.testing.assert_close(jacobi.value, torch.linalg.solve(matrix, b), rtol=1e-4, atol=1e-8)
+    assert (jacobi.steps < plain.steps).all()
+
+
+def test_jacobi_on_a_singular_or_indefinite_system_stays_finite():
+    matrix, b = torch.cat([symmetric(2, 8), torch.zeros(1, 8, 8, dtype=torch.float64)]), rhs(3, 8)
+    solution = ConjugateGradient(max_iter=8, jacobi_probes=3).solve(matvec_of(matrix), b)
+    assert solution.value.isfinite().all()
+    assert solution.residual.isfinite().all()
+    assert solution.indefinite[2]
+
+
 def symmetric(tasks: int, size: int) -> Tensor:
     matrix = torch.randn(tasks, size, size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     return matrix + matrix.mT

@@ -61,6 +61,7 @@ class EpisodicDataModule(LightningDataModule):
         ways: classes a task, N.
         shots: support images a class, K.
         queries: query images a class, Q, in training.
+        eval_shots: support images a class in validation and test; None for the same as ``shots``.
         eval_queries: query images a class in validation and test; None for the same as ``queries``.
         tasks_per_batch: tasks a training batch of one process.
         batches_per_epoch: training batches an epoch.
@@ -85,6 +86,7 @@ class EpisodicDataModule(LightningDataModule):
         ways: int = 5,
         shots: int = 1,
         queries: int = 15,
+        eval_shots: int | None = None,
         eval_queries: int | None = None,
         tasks_per_batch: int = 16,
         batches_per_epoch: int = 100,
@@ -100,6 +102,7 @@ class EpisodicDataModule(LightningDataModule):
             ("ways", ways, 2),
             ("shots", shots, 1),
             ("queries", queries, 1),
+            ("eval_shots", shots if eval_shots is None else eval_shots, 1),
             ("eval_queries", queries if eval_queries is None else eval_queries, 1),
             ("tasks_per_batch", tasks_per_batch, 1),
             ("batches_per_epoch", batches_per_epoch, 1),
@@ -160,12 +163,13 @@ class EpisodicDataModule(LightningDataModule):
                 )
         self._pools = pools
 
-    def _queries(self, split: str) -> int:
-        eval_queries = None if split == "train" else self.hparams["eval_queries"]
-        return int(self.hparams["queries"] if eval_queries is None else eval_queries)
+    def _images(self, split: str, name: str) -> int:
+        """The ``shots`` or ``queries`` of a split's tasks."""
+        of_evaluation = None if split == "train" else self.hparams[f"eval_{name}"]
+        return int(self.hparams[name] if of_evaluation is None else of_evaluation)
 
     def _check_pool(self, split: str, pool: ClassPool) -> None:
-        ways, shots, queries = self.hparams["ways"], self.hparams["shots"], self._queries(split)
+        ways, shots, queries = self.hparams["ways"], self._images(split, "shots"), self._images(split, "queries")
         if len(pool.members) < ways:
             raise ValueError(
                 f"the {split} split must have at least {ways} classes (ways={ways}); found {len(pool.members)}. "
@@ -210,8 +214,8 @@ class EpisodicDataModule(LightningDataModule):
             self._pool(split),
             split,
             ways=self.hparams["ways"],
-            shots=self.hparams["shots"],
-            queries=self._queries(split),
+            shots=self._images(split, "shots"),
+            queries=self._images(split, "queries"),
             tasks=tasks,
             batches=batches,
             seed=self.hparams["seed"],

@@ -46,6 +46,7 @@ class OmniglotDataModule(EpisodicDataModule):
         ways: classes a task, N.
         shots: support images a class, K.
         queries: query images a class, Q, in training; ``shots + queries`` can be at most 20.
+        eval_shots: support images a class in validation and test; None for the same as ``shots``.
         eval_queries: query images a class in validation and test; None for the same as ``queries``.
         tasks_per_batch: tasks a training batch of one process.
         batches_per_epoch: training batches an epoch.
@@ -68,6 +69,7 @@ class OmniglotDataModule(EpisodicDataModule):
         ways: int = 5,
         shots: int = 1,
         queries: int = 15,
+        eval_shots: int | None = None,
         eval_queries: int | None = None,
         tasks_per_batch: int = 16,
         batches_per_epoch: int = 100,
@@ -84,6 +86,7 @@ class OmniglotDataModule(EpisodicDataModule):
             ways=ways,
             shots=shots,
             queries=queries,
+            eval_shots=eval_shots,
             eval_queries=eval_queries,
             tasks_per_batch=tasks_per_batch,
             batches_per_epoch=batches_per_epoch,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_imaml import compilation
 from lightning_imaml.component import Component
 from lightning_imaml.inner.base import InnerSolution, InnerSolver
 from lightning_imaml.linear.base import LinearSolution
@@ -55,6 +56,11 @@ class Estimator(Component, ABC):
 
 def query_gradient(query: TaskLoss, parameters: Tensor) -> tuple[Tensor, Any, Tensor]:
     """Q ``[T]``, the outputs, and ∇Q ``[T, D]`` at adapted parameters; its graph is gone on return."""
+    loss, outputs, gradient = compilation.run(_query_gradient, query, parameters)
+    return loss, outputs, gradient
+
+
+def _query_gradient(query: TaskLoss, parameters: Tensor) -> tuple[Tensor, Any, Tensor]:
     with torch.enable_grad():
         point = parameters.detach().requires_grad_()
         outputs = query.outputs(point)

@@ -128,12 +128,13 @@ def test_passes_outside_a_trainer_go_on(workers):
 
 
 def test_evaluation_repeats_its_tasks():
-    data = module(val_tasks=10, eval_queries=1)
+    data = module(val_tasks=10, eval_shots=2, eval_queries=1)
     first, second = ([tasks(episode) for episode in data.val_dataloader()] for _ in range(2))
     assert first == second
     assert sorted(map(len, first)) == [3, 3, 4]
-    assert next(iter(data.val_dataloader())).query_inputs.shape[1] == 5
-    assert next(iter(data.train_dataloader())).query_inputs.shape[1] == 15
+    evaluation, training = next(iter(data.val_dataloader())), next(iter(data.train_dataloader()))
+    assert (evaluation.support_inputs.shape[1], evaluation.query_inputs.shape[1]) == (10, 5)
+    assert (training.support_inputs.shape[1], training.query_inputs.shape[1]) == (5, 15)
 
 
 def on_rank(data, rank, world):
@@ -248,6 +249,7 @@ def test_hyperparameters_are_saved_without_the_data():
         ({"ways": 1}, "ways must be a whole number of at least 2; found 1"),
         ({"shots": 0}, "shots must be a whole number of at least 1; found 0"),
         ({"queries": 2.5}, "queries must be a whole number of at least 1; found 2.5"),
+        ({"eval_shots": 0}, "eval_shots must be"),
         ({"eval_queries": 0}, "eval_queries must be"),
         ({"tasks_per_batch": 0}, "tasks_per_batch must be"),
         ({"eval_tasks_per_batch": 0}, "eval_tasks_per_batch must be"),

@@ -1,0 +1,245 @@
+"""Functions of a batch of tasks through ``torch.compile``, where the user asked for it.
+
+A function is first recorded as one flat graph of tensor operations, derivatives included
+(``torch.fx.experimental.proxy_tensor.make_fx``), and the graph is compiled. So whatever can be differentiated can be
+compiled, ``vmap`` and repeated differentiation too, and the code that runs without a compiler stays the only source.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from lightning_imaml.matrix_form import MatrixForm
+
+# Below Lightning's logger, so that its handler shows compile times beside the Trainer's own messages.
+_log = logging.getLogger("lightning.pytorch.lightning_imaml")
+_MOST_KEPT = 64
+
+
+class Tasks(Protocol):
+    """A batch of tasks: tensors, and what is fixed when a function of it is compiled."""
+
+    @property
+    def compile(self) -> bool:
+        """Whether functions of it are to be compiled."""
+
+    @property
+    def tasks(self) -> int:
+        """The number of tasks."""
+
+    def tensors(self) -> Any:
+        """All its tensors, as a pytree."""
+
+    def bind(self, tensors: Any) -> Self:
+        """The same with other tensors."""
+
+    def signature(self) -> Hashable:
+        """Everything else that a function of it may depend on."""
+
+
+@dataclass
+class _Kept:
+    """What is known of one function at one signature and one set of shapes."""
+
+    first: weakref.ref[Any]
+    compiled: Callable[..., Any] | None = None
+    failed: bool = False
+
+
+@dataclass
+class _Known:
+    """A batch taken apart, so that the many calls of one solve need not do it again."""
+
+    leaves: list[Tensor]
+    structure: pytree.TreeSpec
+    key: Hashable
+    found: dict[Hashable, _Kept] = field(default_factory=dict)
+
+
+_kept: dict[Hashable, _Kept] = {}
+_known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
+
+
+def run(function: Callable[..., Any], batch: Tasks, *arguments: Tensor) -> Any:
+    """``function(batch, *arguments)``, compiled if the batch asks for it and its shapes have come before."""
+    compiled = _compiled(function, function, batch, arguments, _Whole)
+    return function(batch, *arguments) if compiled is None else compiled(*_known[batch].leaves, *arguments)
+
+
+def run_linear(
+    function: Callable[..., tuple[Tensor, Callable[[Tensor], Tensor]]], batch: Tasks, point: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """``function(batch, point)``, which gives a value and a linear map, both compiled.
+
+    What the map's argument does not change is computed once for all its uses.
+    """
+
+    def applied(batch: Tasks, point: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+        value, product = function(batch, point)
+        return value, product(vector)
+
+    compiled = _compiled(function, applied, batch, (point, torch.zeros_like(point)), _Linear)
+    if compiled is None:
+        return function(batch, point)
+    value, product = compiled(*_known[batch].leaves, point)
+    return value, product
+
+
+def _compiled(
+    name: Callable[..., Any], function: Callable[..., Any], batch: Tasks, arguments: tuple[Tensor, ...], kind: type[Any]
+) -> Callable[..., Any] | None:
+    """The compiled function; None where it is to run as it is."""
+    # A dispatch mode (a memory counter, a profiler) could not see into compiled code.
+    if not batch.compile or _get_current_dispatch_mode() is not None:
+        return None
+    known = _known.get(batch)
+    if known is None:
+        leaves, structure = pytree.tree_flatten(batch.tensors())
+        known = _known[batch] = _Known(leaves, structure, (batch.signature(), str(structure), _shapes(leaves)))
+    call = (name, _shapes(arguments), torch.is_grad_enabled())
+    kept = known.found.get(call)
+    if kept is None:
+        kept = known.found[call] = _kept.setdefault((call, known.key), _Kept(weakref.ref(batch)))
+        while len(_kept) > _MOST_KEPT:
+            del _kept[next(iter(_kept))]
+    # Compiled when the shapes come back: one last small batch is not worth a compilation.
+    if kept.compiled is None and not kept.failed and kept.first() is not batch:
+        try:
+            kept.compiled = _compile(function, batch, known, arguments, kind)
+        except Exception as error:  # Whatever the compiler cannot do, the code itself still can.
+            kept.failed = True
+            if not any(other.failed for other in _kept.values() if other is not kept):
+                warnings.warn(
+                    f"compile=True must have a working compiler and a network that it can trace; found "
+                    f"{type(error).__name__}: {_first_line(error)}. Going on without compiling.",
+                    stacklevel=2,
+                )
+    return kept.compiled
+
+
+def _compile(
+    function: Callable[..., Any], batch: Tasks, known: _Known, arguments: tuple[Tensor, ...], kind: type[Any]
+) -> Callable[..., Any]:
+    results: list[pytree.TreeSpec] = []
+    example = [*known.leaves, *arguments]
+
+    def flat(*tensors: Tensor) -> list[Tensor]:
+        count = len(known.leaves)
+        same = batch.bind(pytree.tree_unflatten(tensors[:count], known.structure))
+        values, form = pytree.tree_flatten(function(same, *tensors[count:]))
+        results[:] = [form]
+        return values
+
+    begin = time.perf_counter()
+    with warnings.catch_warnings(), MatrixForm() if batch.tasks > 1 else nullcontext():
+        warnings.simplefilter("ignore")  # Of the compiler about itself.
+        graph = make_fx(flat, tracing_mode="fake")(*example)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled: Callable[..., Any] = kind(graph, results[0], example)
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    _log.info("compiled %s for %d tasks in %.0f s", name, batch.tasks, time.perf_counter() - begin)
+    return compiled
+
+
+class _Whole:
+    """A recorded function, compiled as it is."""
+
+    def __init__(self, graph: fx.GraphModule, form: pytree.TreeSpec, example: list[Tensor]) -> None:
+        self.form = form
+        self.function = _inductor(graph)
+        self.function(*example)  # Compiles.
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        return pytree.tree_unflatten(self.function(*tensors), self.form)
+
+
+class _Linear:
+    """A recorded function of (…, vector) with two results, cut where the vector comes in."""
+
+    def __init__(self, graph: fx.GraphModule, form: pytree.TreeSpec, example: list[Tensor]) -> None:
+        before, after = _cut(graph)
+        self.before, self.after = _inductor(before), _inductor(after)
+        _, product = self(*example[:-1])
+        product(example[-1])
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        value, *needed = self.before(*tensors)
+
+        def product(vector: Tensor) -> Tensor:
+            result: list[Tensor] = self.after(vector, *needed)
+            return result[0]
+
+        return value, product
+
+
+def _inductor(graph: fx.GraphModule) -> Callable[..., Any]:
+    return torch.compile(graph, fullgraph=True, dynamic=False)
+
+
+def _cut(graph: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Cut (…, vector) ↦ [value, product] into (…) ↦ [value, *needed] and (vector, *needed) ↦ [product]."""
+    *inputs, vector = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    (output,) = [node for node in graph.graph.nodes if node.op == "output"]
+    value, product = output.args[0]
+    late = {vector}
+    for node in graph.graph.nodes:
+        if node.op != "output" and late.intersection(node.all_input_nodes):
+            late.add(node)
+
+    def is_view(node: fx.Node) -> bool:
+        return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+
+    # A view costs nothing to take again, so what is handed over is its base.
+    queue, views = [product, *late], set[fx.Node]()
+    needed: dict[fx.Node, None] = {}
+    while queue:
+        for source in queue.pop().all_input_nodes:
+            if source in late or source in views or source in needed:
+                continue
+            if is_view(source):
+                views.add(source)
+                queue.append(source)
+            else:
+                needed[source] = None
+    if product not in late:
+        needed[product] = None
+
+    def build(starts: list[fx.Node], kept: Callable[[fx.Node], bool], ends: list[fx.Node]) -> fx.GraphModule:
+        part, copies = fx.Graph(), {}
+        for node in starts:
+            copies[node] = part.placeholder(node.name)
+            copies[node].meta = dict(node.meta)
+        for node in graph.graph.nodes:
+            if node.op in ("call_function", "get_attr") and node not in copies and kept(node):
+                copies[node] = part.node_copy(node, copies.__getitem__)
+        part.output([copies[node] for node in ends])
+        part.eliminate_dead_code()
+        return fx.GraphModule(graph, part)
+
+    before = build(inputs, lambda node: node not in late, [value, *needed])
+    after = build([vector, *needed], lambda node: node in late or node in views, [product])
+    return before, after
+
+
+def _shapes(tensors: Iterable[Tensor]) -> Hashable:
+    return tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or ["no message"])[0]

@@ -1,0 +1,270 @@
+"""compile=True: the same results, nothing stale, and a way on where nothing can be compiled."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+
+import pytest
+import torch
+from conftest import TanhNet, class_episode, regression_episode
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_imaml import compilation
+from lightning_imaml.callbacks import LiveTensorBytes
+from lightning_imaml.curvature import GaussNewton, Hessian
+from lightning_imaml.episodes import Episode
+from lightning_imaml.functional import adapt, meta_gradient
+from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov, TorchOptimizer
+from lightning_imaml.linear import ConjugateGradient
+from lightning_imaml.matrix_form import MatrixForm
+from lightning_imaml.meta_gradients import FirstOrder, Implicit, Reptile, Truncated, Unrolled
+from lightning_imaml.models import Conv4
+from lightning_imaml.regularizers import Proximal
+
+EPISODE = regression_episode()
+SETTINGS = {"loss": F.mse_loss, "inner_solver": GradientDescent(0.1, 4), "regularizer": Proximal(1.5)}
+
+
+@pytest.fixture(autouse=True)
+def empty_cache():
+    compilation._kept.clear()
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Record and cut graphs, but run them as they are: what the compiler adds is seconds."""
+    graphs = []
+
+    def keep(graph):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(compilation, "_inductor", keep)
+    return graphs
+
+
+def same(a, b, rtol=1e-10, atol=1e-12):
+    torch.testing.assert_close(a.loss, b.loss, rtol=rtol, atol=atol)
+    assert a.grads.keys() == b.grads.keys()
+    for name in a.grads:
+        torch.testing.assert_close(a.grads[name], b.grads[name], rtol=rtol, atol=atol)
+    for name, value in a.adapted.parameters.items():
+        torch.testing.assert_close(value, b.adapted.parameters[name], rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [Implicit(), Implicit(curvature=GaussNewton()), Unrolled(), Truncated(2), FirstOrder(), Reptile()],
+    ids=["hessian", "gauss_newton", "unrolled", "truncated", "first_order", "reptile"],
+)
+@pytest.mark.parametrize(
+    "solver",
+    [GradientDescent(0.1, 4), Nesterov(0.1, 4), HessianFree(2), TorchOptimizer(torch.optim.SGD, 3, {"lr": 0.1})],
+    ids=["gd", "nesterov", "hessian_free", "sgd"],
+)
+def test_recorded_graphs_give_the_same(recorded, tanh_net, solver, estimator):
+    if isinstance(estimator, (Unrolled, Truncated)) and isinstance(solver, (HessianFree, TorchOptimizer)):
+        pytest.skip("these solvers have no derivative")
+    learned = not isinstance(estimator, (FirstOrder, Reptile))
+    settings = SETTINGS | {"inner_solver": solver, "estimator": estimator, "regularizer": Proximal(1.5, learned)}
+    plain = meta_gradient(tanh_net, EPISODE, **settings)
+    for _ in range(3):
+        same(plain, meta_gradient(tanh_net, EPISODE, compile=True, **settings))
+    assert recorded
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_recorded_convolutions_give_the_same(recorded, chunk_size):
+    """With weights that the rows hold in another order, and a network of one task that needs no batching."""
+    net = Conv4(3, filters=2, image_size=9).double()
+    episode = Episode(*[t.double() if t.is_floating_point() else t for t in class_episode(2, 3, shape=(1, 9, 9))])
+    settings = {"estimator": Implicit(curvature=GaussNewton()), "inner_solver": GradientDescent(0.1, 3)}
+    plain = meta_gradient(net, episode, **settings)
+    for _ in range(2):
+        same(plain, meta_gradient(net, episode, compile=True, chunk_size=chunk_size, **settings), rtol=1e-8)
+    assert recorded
+    targets = [node.target for graph in recorded for node in graph.graph.nodes]
+    assert any(target is torch.ops.aten.convolution.default for target in targets) == (chunk_size == 1)
+
+
+def test_what_the_vector_does_not_change_is_computed_once(recorded, tanh_net):
+    problem = {"estimator": Implicit(ConjugateGradient(5), Hessian())} | SETTINGS
+    for _ in range(2):
+        meta_gradient(tanh_net, EPISODE, compile=True, **problem)
+    before, after = recorded[-2:]
+
+    def count(graph, operation):
+        return sum(node.target is operation for node in graph.graph.nodes)
+
+    assert count(before, torch.ops.aten.tanh.default) == 1
+    assert count(after, torch.ops.aten.tanh.default) == 0
+
+
+@pytest.mark.slow  # The compiler itself, for 1 minute.
+def test_compiled_results_are_the_eager_ones(caplog):
+    net = Conv4(3, filters=2, image_size=4).double()
+    episode = Episode(*[t.double() if t.is_floating_point() else t for t in class_episode(2, 3, shape=(1, 4, 4))])
+    settings = {"estimator": Implicit(curvature=GaussNewton()), "inner_solver": GradientDescent(0.1, 3)}
+    plain = meta_gradient(net, episode, **settings)
+    logger = logging.getLogger("lightning.pytorch.lightning_imaml")
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, logger=logger.name):
+            for _ in range(2):
+                same(plain, meta_gradient(net, episode, compile=True, **settings), rtol=1e-8)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert sum("compiled" in message for message in caplog.messages) == 3
+    assert all(kept.compiled is not None for kept in compilation._kept.values())
+
+
+def test_unrolled_steps_are_compiled_with_their_derivative(tanh_net):
+    settings = SETTINGS | {"inner_solver": GradientDescent(0.1, 2), "estimator": Unrolled()}
+    plain = meta_gradient(tanh_net, EPISODE, **settings)
+    for _ in range(2):
+        same(plain, meta_gradient(tanh_net, EPISODE, compile=True, **settings))
+    assert any(kept.compiled is not None for kept in compilation._kept.values())
+
+
+def test_without_a_compiler_one_warning_and_the_same_results(monkeypatch, tanh_net):
+    def broken(graph):
+        raise RuntimeError("no C++ compiler\nand a long story")
+
+    monkeypatch.setattr(compilation, "_inductor", broken)
+    plain = meta_gradient(tanh_net, EPISODE, **SETTINGS)
+    same(plain, meta_gradient(tanh_net, EPISODE, compile=True, **SETTINGS))
+    with pytest.warns(UserWarning, match=r"compile=True must have .* found RuntimeError: no C\+\+ compiler\. ") as seen:
+        again = meta_gradient(tanh_net, EPISODE, compile=True, **SETTINGS)
+    assert len(seen) == 1
+    same(plain, again)
+    same(plain, meta_gradient(tanh_net, EPISODE, compile=True, **SETTINGS))
+
+
+def test_a_network_that_cannot_be_recorded_runs_as_it_is(recorded):
+    class Branching(TanhNet):
+        def forward(self, inputs):
+            return super().forward(inputs) if inputs.sum() > -1e9 else inputs
+
+    net = Branching().double()
+    plain = meta_gradient(net, EPISODE, chunk_size=1, **SETTINGS)
+    with pytest.warns(UserWarning, match="Going on without compiling"):
+        same(plain, meta_gradient(net, EPISODE, chunk_size=1, compile=True, **SETTINGS))
+
+
+def test_shapes_that_come_once_are_not_compiled(recorded, tanh_net):
+    """The ragged last chunk of a single evaluation."""
+    meta_gradient(tanh_net, EPISODE, compile=True, chunk_size=3, **SETTINGS)
+    assert not recorded
+    meta_gradient(tanh_net, EPISODE, compile=True, chunk_size=3, **SETTINGS)
+    assert recorded
+
+
+def test_nothing_is_stale(recorded):
+    """New weights, buffers, frozen parameters, modes, losses: each is seen."""
+
+    class Net(TanhNet):
+        def __init__(self):
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+            self.out.bias.requires_grad_(False)
+            self.register_buffer("scale", torch.tensor(1.0))
+
+        def forward(self, inputs):
+            return super().forward(self.dropout(inputs)) * self.scale
+
+    net = Net().double().eval()
+
+    def check(**changed):
+        settings = SETTINGS | changed
+        same(meta_gradient(net, EPISODE, **settings), meta_gradient(net, EPISODE, compile=True, **settings))
+
+    for _ in range(3):
+        check()
+    count = len(recorded)
+    with torch.no_grad():
+        for tensor in (net.scale, net.out.bias, net.hidden.weight):
+            tensor.add_(0.3)
+            check()
+    assert len(recorded) == count
+    for _ in range(3):
+        check(loss=F.l1_loss)
+    assert len(recorded) > count
+    count = len(recorded)
+    other = Net().double().eval()
+    for _ in range(2):
+        same(meta_gradient(other, EPISODE, **SETTINGS), meta_gradient(other, EPISODE, compile=True, **SETTINGS))
+    assert len(recorded) > count
+    count = len(recorded)
+    net.train()
+    for _ in range(2):
+        meta_gradient(net, EPISODE, compile=True, **SETTINGS)
+    assert len(recorded) > count
+    net.out.bias.requires_grad_(True)
+    net.eval()
+    for _ in range(3):
+        check()
+
+
+def test_a_memory_counter_sees_everything(recorded, tanh_net):
+    for _ in range(2):
+        meta_gradient(tanh_net, EPISODE, compile=True, **SETTINGS)
+    peaks = []
+    for compiled in (False, True):
+        with LiveTensorBytes() as live:
+            meta_gradient(tanh_net, EPISODE, compile=compiled, **SETTINGS)
+        peaks.append(live.peak)
+    assert peaks[0] == peaks[1] > 0
+
+
+def test_the_cache_is_bounded(recorded, monkeypatch, tanh_net):
+    monkeypatch.setattr(compilation, "_MOST_KEPT", 4)
+    for tasks in range(1, 5):
+        part = Episode(*[t[:tasks] for t in EPISODE])
+        for _ in range(2):
+            meta_gradient(tanh_net, part, compile=True, **SETTINGS)
+    assert len(compilation._kept) <= 4
+
+
+def test_adapt_in_inference_mode(recorded, tanh_net):
+    settings = {name: SETTINGS[name] for name in ("loss", "inner_solver", "regularizer")}
+    plain = adapt(tanh_net, EPISODE.support_inputs, EPISODE.support_targets, **settings)
+    for _ in range(2):
+        with torch.inference_mode():
+            found = adapt(tanh_net, EPISODE.support_inputs, EPISODE.support_targets, compile=True, **settings)
+    assert recorded
+    for name, value in plain.parameters.items():
+        torch.testing.assert_close(found.parameters[name], value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, (2, 1)])
+@pytest.mark.parametrize("padding", [0, 1, (2, 0)])
+def test_convolution_in_matrix_form(stride, padding):
+    torch.manual_seed(0)
+    for dilation, kernel, height in itertools.product((1, 2), ((1, 1), (3, 3), (3, 2)), (7, 8)):
+        images = torch.randn(2, 3, height, 9, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(4, 3, *kernel, dtype=torch.float64, requires_grad=True)
+        bias = torch.randn(4, dtype=torch.float64)
+        outcomes = []
+        for mode in (None, MatrixForm()):
+            if mode is None:
+                output = F.conv2d(images, weight, bias, stride, padding, dilation)
+            else:
+                with mode:
+                    output = F.conv2d(images, weight, bias, stride, padding, dilation)
+            outcomes.append((output, *torch.autograd.grad(output.square().sum(), (images, weight))))
+        for expected, found in zip(*outcomes, strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_layers_that_have_no_matrix_form_stay_as_they_are():
+    images = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    norm = nn.BatchNorm2d(4, track_running_stats=False, affine=False).double()
+    tracking = nn.BatchNorm2d(4).double().eval()
+    same_size = nn.Conv2d(4, 4, 3, padding="same").double()
+    grouped = nn.Conv2d(4, 4, 3, groups=2, bias=False).double()
+    for layer in (norm, tracking, same_size, grouped, nn.BatchNorm2d(4, track_running_stats=False).double()):
+        expected = layer(images)
+        with MatrixForm():
+            torch.testing.assert_close(layer(images), expected)
