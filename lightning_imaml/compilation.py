@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +23,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lightning_imaml.matrix_form import MatrixForm
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Below Lightning's logger, so that its handler shows compile times beside the Trainer's own messages.
 _log = logging.getLogger("lightning.pytorch.lightning_imaml")
@@ -91,7 +94,7 @@ def run_linear(
         value, product = function(batch, point)
         return value, product(vector)
 
-    compiled = _compiled(function, applied, batch, (point, torch.zeros_like(point)), _Linear)
+    compiled = _compiled(function, applied, batch, (point, torch.empty_like(point)), _Linear)
     if compiled is None:
         return function(batch, point)
     value, product = compiled(*_known[batch].leaves, point)
@@ -110,6 +113,13 @@ def _compiled(
         leaves, structure = pytree.tree_flatten(batch.tensors())
         known = _known[batch] = _Known(leaves, structure, (batch.signature(), str(structure), _shapes(leaves)))
     call = (name, _shapes(arguments), torch.is_grad_enabled())
+    try:
+        hash((call, known.key))
+    except TypeError as error:
+        raise TypeError(
+            "the loss, the regularizer and the solvers must be hashable with compile=True, so that compiled code finds "
+            f"its own; found {error}. Make a dataclass of your own frozen."
+        ) from error
     kept = known.found.get(call)
     if kept is None:
         kept = known.found[call] = _kept.setdefault((call, known.key), _Kept(weakref.ref(batch)))
@@ -202,18 +212,15 @@ def _cut(graph: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
         if node.op != "output" and late.intersection(node.all_input_nodes):
             late.add(node)
 
-    def is_view(node: fx.Node) -> bool:
-        return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
-
-    # A view costs nothing to take again, so what is handed over is its base.
-    queue, views = [product, *late], set[fx.Node]()
+    # What the compiler fuses into its reader costs less to compute again than to hand over.
+    queue, again = [product, *late], set[fx.Node]()
     needed: dict[fx.Node, None] = {}
     while queue:
         for source in queue.pop().all_input_nodes:
-            if source in late or source in views or source in needed:
+            if source in late or source in again or source in needed:
                 continue
-            if is_view(source):
-                views.add(source)
+            if _is_fused(source):
+                again.add(source)
                 queue.append(source)
             else:
                 needed[source] = None
@@ -233,8 +240,13 @@ def _cut(graph: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
         return fx.GraphModule(graph, part)
 
     before = build(inputs, lambda node: node not in late, [value, *needed])
-    after = build([vector, *needed], lambda node: node in late or node in views, [product])
+    after = build([vector, *needed], lambda node: node in late or node in again, [product])
     return before, after
+
+
+def _is_fused(node: fx.Node) -> bool:
+    operation = node.target
+    return isinstance(operation, torch._ops.OpOverload) and (operation.is_view or torch.Tag.pointwise in operation.tags)
 
 
 def _shapes(tensors: Iterable[Tensor]) -> Hashable:

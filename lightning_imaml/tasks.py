@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from torch.utils import _pytree as pytree
 
 from lightning_imaml import compilation
 from lightning_imaml.regularizers.base import Regularizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 LossFunction = Callable[[Any, Any], Tensor]
 """Takes one task's outputs ``[n, ...]`` and targets ``[n, ...]``, gives a scalar."""

@@ -17,6 +17,7 @@ QUICKSTART = CONFIGS / "quickstart.yaml"
 SMALL = [
     "--model.backbone.init_args.filters", "4",
     "--model.inner_solver.init_args.steps", "2",
+    "--model.compile", "false",
     "--data.tasks_per_batch", "2",
     "--data.batches_per_epoch", "3",
     "--data.val_tasks", "4",
@@ -79,7 +80,19 @@ def test_every_shipped_configuration_is_valid(config, capsys):
     assert ended.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["model"]["class_path"].endswith("IMAMLModule")
-    assert printed["model"]["init_args"]["estimator"]["init_args"]["linear_solver"]["init_args"]["max_iter"] == 5
+    method = config.stem.removeprefix("omniglot_5way_1shot_").removeprefix("imaml_")
+    settings = printed["model"]["init_args"]
+    estimator, solver = (settings[name]["class_path"].rpartition(".")[2] for name in ("estimator", "inner_solver"))
+    estimators = {"maml": "Unrolled", "fomaml": "FirstOrder", "reptile": "Reptile"}
+    assert estimator == estimators.get(method, "Implicit")
+    assert solver == ("HessianFree" if method == "hf" else "GradientDescent")
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("omniglot_5way_1shot_*.yaml")), ids=lambda path: path.stem)
+def test_every_omniglot_configuration_trains(config, tmp_path, omniglot_root):
+    where = ["--data.root", str(omniglot_root), "--trainer.logger.init_args.save_dir", str(tmp_path)]
+    fitted = cli.run(["fit", "--config", str(config), *where, *SMALL])
+    assert fitted.trainer.global_step == 3
 
 
 def test_the_defaults_are_printed_in_full_and_can_be_read_again(tmp_path, capsys):
