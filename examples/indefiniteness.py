@@ -1,29 +1,29 @@
 """Is the paper's linear system positive definite? The experiment behind the module's default curvature.
 
-iMAML (https://arxiv.org/abs/1909.04630) solves (∇²L(φ) + λ I) u = ∇Q(φ) for every task by a few conjugate gradient (CG)
-steps, which presume a positive definite matrix. With the paper's settings for Omniglot 5-way 1-shot (Conv4-64, λ = 2, 16
-gradient steps at 0.1, 5 CG steps, Adam at 1e-3) this trains the same network on the same tasks by
+iMAML (https://arxiv.org/abs/1909.04630) solves (∇²L(φ) + λ I) u = ∇Q(φ) for every task by a few steps of conjugate
+gradient (CG), which presume a positive definite matrix. With the paper's settings for Omniglot 5-way 1-shot (Conv4-64,
+λ = 2, 16 gradient steps at 0.1, 5 CG steps, Adam at 1e-3) this trains the same network on the same tasks by
 
     hessian        the exact Hessian and CG, as in the paper
-    damped         the same with damping 22, what the authors' released code amounts to at λ = 2:
-                   2 v + Hv / (λ + 10) is (H + λ I + 22 I) v / 12
+    damped         the same with damping 22, what the authors' released code amounts to at λ = 2 and its other
+                   defaults: its matrix 2 I + H/(λ + 10) is (H + λ I + 22 I)/12
     gauss_newton   the Gauss-Newton matrix and CG, the default of IMAMLModule
-    minres         the exact Hessian and 5 steps of MINRES, which does not need a definite matrix
+    minres         the exact Hessian and 5 steps of MINRES, which needs no definite matrix
     first_order    no linear system
 
-and records, on a probe batch of training tasks that is the same at every step and for every method, and never trained on:
+and records on a probe, a few training tasks that are the same for every method and never trained on:
 
-    indefinite_share      the share of tasks whose matrix ∇²L(φ) + λ I, with the exact Hessian at the φ where 16 steps end,
-                          has a negative eigenvalue in the Krylov space of 30 Lanczos steps from ∇Q(φ): the sign of
-                          the smallest pivot of the tridiagonal matrix. It proves indefiniteness, but can miss it.
+    indefinite_share      the share of tasks whose matrix ∇²L(φ) + λ I, with the exact Hessian where the 16 steps end,
+                          has a negative eigenvalue by 30 Lanczos steps from ∇Q(φ): a pivot of their tridiagonal
+                          matrix is not positive. That proves it; what lies outside their Krylov space is missed.
     linear_residual       ‖b − A u‖ / ‖b‖ of the method's own system as its solver reports it, the mean over tasks
-    relative_error        ‖g − g*‖ / ‖g*‖ of the method's meta-gradient g. The reference g* solves the inner problem and the
-                          system with the exact Hessian to tolerance, in float64.
-    reference_converged   whether it did; where not, the relative error is no distance from an exact answer
-    accuracy              on unseen classes, after adaptation, with its 95 % interval
+    relative_error        ‖g − g*‖ / ‖g*‖ of the method's meta-gradient g. The reference g* has the inner problem
+                          and the system with the exact Hessian solved to tolerance, in float64.
+    reference_converged   whether they were; where not, relative_error is no distance from an exact answer
+    accuracy              on validation classes after adaptation, with its 95 % interval
 
-    python examples/indefiniteness.py                                                        # letters
-    python examples/indefiniteness.py --root PATH --steps 300 --every 50 --tasks 16          # Omniglot
+    python examples/indefiniteness.py                                                   # the embedded letters
+    python examples/indefiniteness.py --root PATH --steps 300 --every 50 --tasks 16     # Omniglot
 """
 
 from __future__ import annotations
@@ -152,18 +152,15 @@ def draw(rows: list[Row]) -> Figure:
         for index, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
             mine = [row for row in rows if row["method"] == name and not math.isnan(float(row[quantity]))]
             steps, values = [row["step"] for row in mine], [row[quantity] for row in mine]
-            color = f"C{index}"
-            if quantity == "accuracy":
-                widths = [row["accuracy_interval95"] for row in mine]
-                axes.errorbar(steps, values, widths, color=color, marker="o", markersize=4, capsize=2, label=name)
-            elif mine:
-                axes.plot(steps, values, color=color, marker="o", markersize=4, label=name)
+            widths = [row["accuracy_interval95"] for row in mine] if quantity == "accuracy" else None
+            axes.errorbar(steps, values, widths, color=f"C{index}", marker="o", markersize=4, capsize=2, label=name)
             if quantity == "relative_error":
-                hollow = [(row["step"], row[quantity]) for row in mine if not row["reference_converged"]]
-                axes.plot(*zip(*hollow, strict=True), "o", color=color, markerfacecolor="white") if hollow else None
+                doubtful = [row for row in mine if not row["reference_converged"]]
+                points = [row["step"] for row in doubtful], [row[quantity] for row in doubtful]
+                axes.plot(*points, "o", color=f"C{index}", markerfacecolor="white")
         axes.set(title=title, xlabel="meta-steps", ylabel=unit, yscale=scale)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    figure.axes[0].legend(fontsize="small")
     return figure
 
 

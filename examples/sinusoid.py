@@ -124,8 +124,9 @@ def draw(model: nn.Module, episode: Episode, rows: list[Row], lr: float, strengt
     panels = figure.subplots(2, 3).flat
     tasks = Episode(*(part[:PICTURED] for part in episode))
     grid = torch.linspace(*INPUTS, 200)
+    inputs = grid.view(1, -1, 1).expand(tasks.tasks, -1, 1)
     curves = {
-        steps: predict(model, adapted(model, tasks, steps, lr, strength), grid.view(1, -1, 1).expand(tasks.tasks, -1, 1))
+        steps: predict(model, adapted(model, tasks, steps, lr, strength), inputs)
         for steps in (JUDGED_STEPS[0], JUDGED_STEPS[-1])
     }
     for task in range(tasks.tasks):

@@ -57,7 +57,6 @@ class Tasks(Protocol):
 class _Kept:
     """What is known of one function at one signature and one set of shapes."""
 
-    first: weakref.ref[Any]
     compiled: Callable[..., Any] | None = None
     failed: bool = False
 
@@ -77,7 +76,7 @@ _known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
 
 
 def run(function: Callable[..., Any], batch: Tasks, *arguments: Tensor) -> Any:
-    """``function(batch, *arguments)``, compiled if the batch asks for it and its shapes have come before."""
+    """``function(batch, *arguments)``, compiled if the batch asks for it."""
     compiled = _compiled(function, function, batch, arguments, _Whole)
     return function(batch, *arguments) if compiled is None else compiled(*_known[batch].leaves, *arguments)
 
@@ -122,11 +121,10 @@ def _compiled(
         ) from error
     kept = known.found.get(call)
     if kept is None:
-        kept = known.found[call] = _kept.setdefault((call, known.key), _Kept(weakref.ref(batch)))
+        kept = known.found[call] = _kept.setdefault((call, known.key), _Kept())
         while len(_kept) > _MOST_KEPT:
             del _kept[next(iter(_kept))]
-    # Compiled when the shapes come back: one last small batch is not worth a compilation.
-    if kept.compiled is None and not kept.failed and kept.first() is not batch:
+    if kept.compiled is None and not kept.failed:
         try:
             kept.compiled = _compile(function, batch, known, arguments, kind)
         except Exception as error:  # Whatever the compiler cannot do, the code itself still can.

@@ -83,9 +83,9 @@ def adapt(
         regularizer: R.
         strengths: the regulariser's learned values; None takes their first values.
         chunk_size: the most tasks at once, which bounds memory; None takes all.
-        compile: run the inner loop and the linear solve through ``torch.compile``, once the same shapes come a second
-            time; the first compilation takes about a minute. Where that fails, one warning says why, and all runs as
-            without. Pass the same loss object every time: another one is compiled anew.
+        compile: run the inner loop and the linear solve through ``torch.compile``. Each new shape of batch takes about
+            a minute to compile. Where that fails, one warning says why, and all runs as without. Pass the same loss
+            object every time: another one is compiled anew.
 
     Raises:
         ValueError: an argument does not fit, see the message.
@@ -185,9 +185,9 @@ def meta_gradient(
         regularizer: R.
         strengths: the regulariser's learned values λ; None takes their first values.
         chunk_size: the most tasks at once, which bounds memory; None takes all.
-        compile: run the inner loop and the linear solve through ``torch.compile``, once the same shapes come a second
-            time; the first compilation takes about a minute. Where that fails, one warning says why, and all runs as
-            without. Pass the same loss object every time: another one is compiled anew.
+        compile: run the inner loop and the linear solve through ``torch.compile``. Each new shape of batch takes about
+            a minute to compile. Where that fails, one warning says why, and all runs as without. Pass the same loss
+            object every time: another one is compiled anew.
 
     Raises:
         ValueError: an argument does not fit, see the message.
