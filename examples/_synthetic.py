@@ -6,7 +6,6 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +39,7 @@ class RegressionTasks:
     strength: float
 
     @classmethod
-    def draw(cls, tasks: int, samples: int, features: int, condition: float, noise: float = 0.1) -> Self:
+    def draw(cls, tasks: int, samples: int, features: int, condition: float, noise: float = 0.1) -> RegressionTasks:
         """Draw tasks from PyTorch's default generator.
 
         Args:

@@ -229,7 +229,7 @@ def main(args: list[str] | None = None) -> list[Row]:
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[2**k for k in range(9)], help="inner steps: sweep of δ"
     )
-    parser.add_argument("--cg-steps", type=int, nargs="+", default=[1, 2, 4, 8], help="sweep of δ′")
+    parser.add_argument("--cg-steps", type=int, nargs="+", default=[1, 2, 4, 8], help="for δ′")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results"))
     options = parser.parse_args(args)

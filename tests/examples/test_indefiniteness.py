@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import math
-from pathlib import Path
 
+import indefiniteness
 import pytest
 import torch
 from torch.func import functional_call, hessian
@@ -16,18 +15,14 @@ from lightning_imaml.callbacks.reference import ExactReference
 from lightning_imaml.data import GlyphDataModule
 from lightning_imaml.functional import adapt
 
-PATH = Path(__file__).resolve().parents[2] / "examples" / "indefiniteness.py"
-
 
 @pytest.fixture
 def example(monkeypatch):
-    spec = importlib.util.spec_from_file_location("indefiniteness", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "FILTERS", 2)
-    monkeypatch.setattr(module, "VALIDATION_TASKS", 8)
-    monkeypatch.setattr(module, "REFERENCE", ExactReference(steps=50, linear_steps=20))
-    return module
+    """The experiment with a network small enough for dense matrices."""
+    monkeypatch.setattr(indefiniteness, "FILTERS", 2)
+    monkeypatch.setattr(indefiniteness, "VALIDATION_TASKS", 8)
+    monkeypatch.setattr(indefiniteness, "REFERENCE", ExactReference(steps=50, linear_steps=20))
+    return indefiniteness
 
 
 def smallest_eigenvalues(example, model, episode):

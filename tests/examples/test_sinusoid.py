@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
+import sinusoid
 import torch
 
-PATH = Path(__file__).resolve().parents[2] / "examples" / "sinusoid.py"
 
-
-@pytest.fixture(scope="module")
-def sinusoid():
-    spec = importlib.util.spec_from_file_location("sinusoid", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def batches(sinusoid, split="train", seed=0, tasks=50):
+def batches(split="train", seed=0, tasks=50):
     return sinusoid.Sinusoids(split, batches=3, tasks=tasks, shots=10, queries=10, seed=seed)
 
 
-def test_tasks_are_sinusoids_of_the_papers_ranges(sinusoid):
+def test_tasks_are_sinusoids_of_the_papers_ranges():
     """y = a sin x + b cos x fits each task exactly, support and query alike, with A and p in their ranges."""
-    episode = batches(sinusoid)[1].validate()
+    episode = batches()[1].validate()
     x = torch.cat([episode.support_inputs, episode.query_inputs], dim=1).double()
     y = torch.cat([episode.support_targets, episode.query_targets], dim=1).double()
     assert x.shape == y.shape == (50, 20, 1)
@@ -45,14 +34,14 @@ def test_tasks_are_sinusoids_of_the_papers_ranges(sinusoid):
     assert math.pi - 0.4 < phase.max() <= math.pi
 
 
-def test_tasks_are_a_function_of_seed_split_and_index(sinusoid):
-    first = batches(sinusoid)[1]
-    assert all(torch.equal(a, b) for a, b in zip(first, batches(sinusoid)[1], strict=True))
-    for other in (batches(sinusoid)[2], batches(sinusoid, "test")[1], batches(sinusoid, seed=1)[1]):
+def test_tasks_are_a_function_of_seed_split_and_index():
+    first = batches()[1]
+    assert all(torch.equal(a, b) for a, b in zip(first, batches()[1], strict=True))
+    for other in (batches()[2], batches("test")[1], batches(seed=1)[1]):
         assert not torch.equal(first.support_inputs, other.support_inputs)
 
 
-def test_the_least_error_without_adaptation_is_the_variance_over_tasks(sinusoid):
+def test_the_least_error_without_adaptation_is_the_variance_over_tasks():
     """By summation over a fine grid of amplitudes, phases and inputs."""
 
     def midpoints(low, high, count):
@@ -64,7 +53,7 @@ def test_the_least_error_without_adaptation_is_the_variance_over_tasks(sinusoid)
     assert sinusoid.least_unadapted_error() == pytest.approx(y.var(axis=(0, 1)).mean(), rel=1e-3)
 
 
-def run(sinusoid, folder, *options):
+def run(folder, *options):
     return sinusoid.main([*options, "--test-tasks", "100", "--output", str(folder)])
 
 
@@ -73,9 +62,9 @@ def table(rows):
 
 
 @pytest.mark.parametrize("method", ["imaml", "maml", "fomaml", "reptile"])
-def test_every_method_learns_to_adapt(sinusoid, tmp_path, method):
+def test_every_method_learns_to_adapt(tmp_path, method):
     options = "--method", method, "--meta-steps", "150", "--meta-lr", "3e-3"
-    rows = run(sinusoid, tmp_path, *options)
+    rows = run(tmp_path, *options)
     found = table(rows)
     learned = [found["meta-learned", steps] for steps in (0, 1, 5, 10)]
     assert learned == sorted(learned, reverse=True)
@@ -86,14 +75,14 @@ def test_every_method_learns_to_adapt(sinusoid, tmp_path, method):
     assert (tmp_path / f"sinusoid_{method}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_same_seed_gives_the_same_table(sinusoid, tmp_path):
-    first, again, other = (run(sinusoid, tmp_path, "--meta-steps", "3", "--seed", seed) for seed in "001")
+def test_the_same_seed_gives_the_same_table(tmp_path):
+    first, again, other = (run(tmp_path, "--meta-steps", "3", "--seed", seed) for seed in "001")
     assert first == again != other
 
 
 @pytest.mark.slow  # Below what any network can reach without adapting takes some hundred meta-steps.
-def test_adaptation_beats_the_best_predictor_that_does_not_adapt(sinusoid, tmp_path):
-    rows = run(sinusoid, tmp_path, "--meta-steps", "1000")
+def test_adaptation_beats_the_best_predictor_that_does_not_adapt(tmp_path):
+    rows = run(tmp_path, "--meta-steps", "1000")
     found = {(row["network"], row["steps"]): (row["mse"], row["interval95"]) for row in rows}
     least = sinusoid.least_unadapted_error()
     mse, interval = found["meta-learned", 0]
