@@ -153,13 +153,13 @@ def main(args: list[str] | None = None) -> list[Row]:
     """Train, test, print the table and save it with the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=METHODS, default="imaml", help="what estimates the meta-gradient")
-    parser.add_argument("--meta-steps", type=int, default=4000)
+    parser.add_argument("--meta-steps", type=int, default=3000)
     parser.add_argument("--tasks", type=int, default=25, help="tasks a meta-step")
     parser.add_argument("--shots", type=int, default=10, help="support points a task, and query points in training")
-    parser.add_argument("--lr", type=float, default=0.02, help="of the inner gradient steps")
+    parser.add_argument("--lr", type=float, default=0.005, help="of the inner gradient steps")
     parser.add_argument("--inner-steps", type=int, default=10, help="inner steps in training")
-    parser.add_argument("--strength", type=float, default=0.1, help="λ of the proximal term")
-    parser.add_argument("--meta-lr", type=float, default=1e-3, help="of Adam")
+    parser.add_argument("--strength", type=float, default=3.0, help="λ of the proximal term")
+    parser.add_argument("--meta-lr", type=float, default=2e-3, help="of Adam, falling to 0 by half a cosine")
     parser.add_argument("--test-tasks", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results"))
@@ -180,6 +180,7 @@ def main(args: list[str] | None = None) -> list[Row]:
         estimator=METHODS[options.method],
         regularizer=Proximal(options.strength),
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=options.meta_lr),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.meta_steps),
     )
     # On so small a network a CPU is fastest.
     trainer = Trainer(
