@@ -142,7 +142,8 @@ def _compile(
     function: Callable[..., Any], batch: Tasks, known: _Known, arguments: tuple[Tensor, ...], kind: type[Any]
 ) -> Callable[..., Any]:
     results: list[pytree.TreeSpec] = []
-    example = [*known.leaves, *arguments]
+    # Copies: arguments that are one tensor here, as two states of a solver may be at its start, later are not.
+    example = [*known.leaves, *(argument.clone() for argument in arguments)]
 
     def flat(*tensors: Tensor) -> list[Tensor]:
         count = len(known.leaves)

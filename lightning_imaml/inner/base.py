@@ -85,7 +85,7 @@ class SteppingSolver(InnerSolver):
         active = torch.ones_like(taken, dtype=torch.bool)
         for k in range(self.steps):
             if k == constant_steps:
-                state = self._attach(state, parameters)
+                state = self._attached(state, parameters)
             with torch.set_grad_enabled(k >= constant_steps):
                 following, gradient = self.step(problem, state)
                 if self.tol > 0:
@@ -98,15 +98,20 @@ class SteppingSolver(InnerSolver):
                     )
                 state = following
                 taken += active
-        if parameters.requires_grad and differentiable_steps == 0:
-            state = self._attach(state, parameters)
+        if differentiable_steps == 0:
+            state = self._attached(state, parameters)
         return InnerSolution(state[0], taken)
 
-    def _attach(self, state: State, parameters: Tensor) -> State:
-        """Let the state's points move with ``parameters``, without changing their values."""
-        with torch.enable_grad():
-            shift = parameters - parameters.detach()
-            return (*(point + shift for point in state[: self.positions]), *state[self.positions :])
+    def _attached(self, state: State, parameters: Tensor) -> State:
+        return (*(attach(point, parameters) for point in state[: self.positions]), *state[self.positions :])
+
+
+def attach(point: Tensor, parameters: Tensor) -> Tensor:
+    """Let ``point`` move with ``parameters`` where these are to be differentiated, without changing its value."""
+    if not parameters.requires_grad:
+        return point
+    with torch.enable_grad():
+        return point + (parameters - parameters.detach())
 
 
 def refuse_differentiation(solver: InnerSolver, differentiable_steps: int) -> None:

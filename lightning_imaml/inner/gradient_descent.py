@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_imaml import compilation
 from lightning_imaml.component import require
 from lightning_imaml.inner.base import State, SteppingSolver
 from lightning_imaml.tasks import InnerProblem
@@ -41,6 +42,9 @@ class GradientDescent(SteppingSolver):
 
     def step(self, problem: InnerProblem, state: State) -> tuple[State, Tensor]:
         """One gradient step for all tasks."""
-        (parameters,) = state
+        following, gradient = compilation.run(self._descend, problem, *state)
+        return (following,), gradient
+
+    def _descend(self, problem: InnerProblem, parameters: Tensor) -> tuple[Tensor, Tensor]:
         gradient = problem.gradient(parameters)
-        return (torch.add(parameters, gradient, alpha=-self.lr),), gradient
+        return torch.add(parameters, gradient, alpha=-self.lr), gradient

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_imaml import compilation
 from lightning_imaml.component import require
 from lightning_imaml.inner.base import State, SteppingSolver
 from lightning_imaml.tasks import InnerProblem
@@ -45,11 +46,15 @@ class Nesterov(SteppingSolver):
 
     def init(self, problem: InnerProblem, parameters: Tensor) -> State:
         """The state is (y, x, t)."""
-        return parameters, parameters, torch.ones_like(parameters[:, :1])
+        # A copy, since the compiler treats one tensor given twice as a case of its own.
+        return parameters, parameters.clone(), torch.ones_like(parameters[:, :1])
 
     def step(self, problem: InnerProblem, state: State) -> tuple[State, Tensor]:
         """One accelerated step for all tasks."""
-        y, x, t = state
+        following, gradient = compilation.run(self._accelerate, problem, *state)
+        return following, gradient
+
+    def _accelerate(self, problem: InnerProblem, y: Tensor, x: Tensor, t: Tensor) -> tuple[State, Tensor]:
         gradient = problem.gradient(y)
         following = torch.add(y, gradient, alpha=-self.lr)
         move = following - x

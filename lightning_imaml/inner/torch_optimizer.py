@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from lightning_imaml.component import require
-from lightning_imaml.inner.base import InnerSolution, InnerSolver, refuse_differentiation
+from lightning_imaml.inner.base import InnerSolution, InnerSolver, attach, refuse_differentiation
 from lightning_imaml.tasks import InnerProblem
 
 # Their updates mix the entries of a tensor, and so the tasks of the matrix.
@@ -72,4 +72,4 @@ class TorchOptimizer(InnerSolver):
                 if self.tol > 0:
                     rows.copy_(torch.where(active.unsqueeze(1), rows, before))
                 taken += active
-        return InnerSolution(rows.detach(), taken)
+        return InnerSolution(attach(rows.detach(), parameters), taken)

@@ -12,8 +12,11 @@ from torch.func import functional_call, hessian
 from torch.nn import functional as F
 
 from lightning_imaml.callbacks.reference import ExactReference
+from lightning_imaml.curvature import Hessian
 from lightning_imaml.data import GlyphDataModule
 from lightning_imaml.functional import adapt
+from lightning_imaml.linear import Direct
+from lightning_imaml.meta_gradients import Implicit
 
 
 @pytest.fixture
@@ -21,7 +24,7 @@ def example(monkeypatch):
     """The experiment with a network small enough for dense matrices."""
     monkeypatch.setattr(indefiniteness, "FILTERS", 2)
     monkeypatch.setattr(indefiniteness, "VALIDATION_TASKS", 8)
-    monkeypatch.setattr(indefiniteness, "REFERENCE", ExactReference(steps=50, linear_steps=20))
+    monkeypatch.setattr(indefiniteness, "REFERENCE", ExactReference(steps=4, linear_steps=10, direct_limit=0))
     return indefiniteness
 
 
@@ -49,24 +52,37 @@ def smallest_eigenvalues(example, model, episode):
     return torch.tensor(smallest)
 
 
-def test_tasks_called_indefinite_have_a_negative_eigenvalue(example):
+@pytest.mark.parametrize("direct_limit", [512, 0], ids=["eigenvalues", "lanczos"])
+def test_tasks_called_indefinite_have_a_negative_eigenvalue(example, monkeypatch, direct_limit):
     """Against the eigenvalues of the dense matrix, on a network where some tasks are indefinite and some are not."""
+    monkeypatch.setattr(example, "REFERENCE", ExactReference(tol=0.0, linear_steps=60, direct_limit=direct_limit))
     model = example.network(0).double()
     episode = next(iter(GlyphDataModule(queries=1, tasks_per_batch=8).train_dataloader()))
     episode = episode._replace(
         support_inputs=episode.support_inputs.double(), query_inputs=episode.query_inputs.double()
     )
-    with torch.no_grad():
-        model.classifier.weight *= 3
     negative = smallest_eigenvalues(example, model, episode) < 0
-    found = example.gradient(model, episode, example.LANCZOS).linear.indefinite
+    reference = example.exact(model, episode, steps=16)
+    found = reference.linear.indefinite
     assert found.any()
     assert not negative.all()
     assert not (found & ~negative).any()
-    row = example.probe(model, episode, example.METHODS["gauss_newton"], None)
+    if direct_limit:
+        assert torch.equal(found, negative)
+    row = example.probe(model, episode, example.METHODS["gauss_newton"], reference)
     assert row["indefinite_share"] == found.double().mean()
-    assert math.isnan(row["relative_error"])
-    assert not row["reference_converged"]
+
+
+def test_a_direct_solve_of_the_exact_system_has_no_error(example):
+    """The method that solves the reference's own system is the reference."""
+    model = example.network(0).double()
+    episode = next(iter(GlyphDataModule(queries=1, tasks_per_batch=2).train_dataloader()))
+    episode = episode._replace(
+        support_inputs=episode.support_inputs.double(), query_inputs=episode.query_inputs.double()
+    )
+    row = example.probe(model, episode, Implicit(Direct(), Hessian()), example.exact(model, episode, steps=16))
+    assert row["relative_error"] < 1e-8
+    assert row["linear_residual"] < 1e-8
 
 
 def test_rows_picture_and_table(example, tmp_path):
