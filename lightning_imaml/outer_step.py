@@ -1,0 +1,196 @@
+"""The outer step: what the Trainer leaves to the module in manual optimization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.optimizer import Optimizer
+
+from lightning_imaml.functional import MetaGradient
+
+_MOST_EMPTY_STEPS = 20
+
+
+def surrogate(result: MetaGradient, parameters: Mapping[str, Tensor]) -> Tensor:
+    """A scalar with the outer loss as its value and the meta-gradient as its gradient in ``parameters``.
+
+    A ``.grad`` written by hand would miss the all-reduce of DistributedDataParallel and the loss scale of 16-bit
+    training.
+    """
+    inner = torch.stack([(result.grads[name].detach() * p).sum() for name, p in parameters.items()]).sum()
+    return result.loss.sum() / max(1, len(result.tasks)) + inner - inner.detach()
+
+
+class OuterStep(LightningModule):
+    """Takes meta-gradients to the optimizer: mean over ranks, accumulation, clipping, optimizer and schedulers.
+
+    The base of :class:`~lightning_imaml.IMAMLModule`, which sets the attributes and calls :meth:`accumulate`.
+
+    Attributes:
+        gradient_clip_val: clip the gradient to this; None does not.
+        gradient_clip_algorithm: by its "norm", or every entry by its "value".
+        accumulate_meta_batches: batches for one step.
+        lr_scheduler_monitor: the logged quantity that ReduceLROnPlateau watches.
+    """
+
+    gradient_clip_val: float | None
+    gradient_clip_algorithm: str
+    accumulate_meta_batches: int
+    lr_scheduler_monitor: str | None
+    _tasks_of_step = 0
+    _empty_steps = 0
+    _clipped = False
+
+    def setup(self, stage: str) -> None:
+        """Refuse strategies that shard the parameters."""
+        if isinstance(self.trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+            raise ValueError(
+                f"strategy must keep all parameters on every rank, since each task adapts its own copy of all of them; "
+                f"found {type(self.trainer.strategy).__name__}, which shards them. Use strategy='ddp'; a smaller "
+                "chunk_size saves memory instead."
+            )
+
+    def on_train_start(self) -> None:
+        """Refuse ranks with different numbers of batches, which would wait for one another for ever."""
+        batches = self.trainer.num_training_batches
+        gathered = self.all_gather(torch.tensor(float(batches), device=self.device))
+        counts = torch.as_tensor(gathered).reshape(-1).tolist()
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"every rank must have the same number of training batches; found {counts}. Leave the sampler to the "
+                "Trainer (use_distributed_sampler=True), or set limit_train_batches."
+            )
+
+    def on_train_epoch_start(self) -> None:
+        """Let a whole ``val_check_interval`` count meta-steps, where the Trainer counts batches."""
+        trainer = self.trainer
+        interval, accumulated = trainer.val_check_interval, self.accumulate_meta_batches
+        if accumulated == 1 or not isinstance(interval, int):
+            return
+        batches = interval * accumulated
+        if trainer.check_val_every_n_epoch is not None and batches > trainer.num_training_batches:
+            raise ValueError(
+                f"val_check_interval must be at most the meta-steps of an epoch; found {interval} meta-steps of "
+                f"{accumulated} batches, and {trainer.num_training_batches} batches an epoch. Lower it, or set "
+                "check_val_every_n_epoch=None to count across epochs."
+            )
+        trainer.val_check_batch = batches
+
+    def agree(self, tasks: int, error: FloatingPointError | None) -> list[int]:
+        """Tell the other ranks how many tasks this one has for the meta-gradient, and hear how many they have.
+
+        Raises:
+            FloatingPointError: on this rank or another one; on all of them, so that none waits for one that stopped.
+        """
+        counts = [tasks]
+        if self.trainer.world_size > 1:
+            mine = torch.tensor([tasks, error is not None], device=self.device)
+            gathered = torch.as_tensor(self.all_gather(mine)).tolist()
+            failed = [rank for rank, (_, bad) in enumerate(gathered) if bad]
+            if failed and error is None:
+                error = FloatingPointError(
+                    f"every rank's tasks must be sound; found bad ones on ranks {failed}, whose own error names them. "
+                    "All ranks stop together."
+                )
+            counts = [count for count, _ in gathered]
+        if error is not None:
+            raise error
+        return counts
+
+    def mean_over_ranks(self, values: dict[str, Tensor], tasks: int, counts: list[int]) -> dict[str, Tensor]:
+        """The means over all ranks' tasks of values that are means over this rank's; NaN where there are no tasks."""
+        if len(counts) == 1 or not values:
+            return values
+        # In one message; a rank without tasks has no means.
+        mine = torch.stack([value.detach().double() * tasks for value in values.values()]).nan_to_num()
+        if not tasks:
+            mine.zero_()
+        total = torch.as_tensor(self.trainer.strategy.reduce(mine, reduce_op="sum"))
+        return dict(zip(values, (total / sum(counts)).float(), strict=True))
+
+    def accumulate(self, surrogate: Tensor, tasks: int, counts: list[int], due: bool) -> None:
+        """Add a meta-gradient to ``.grad`` by a backward pass, and step if due.
+
+        Args:
+            surrogate: has the mean meta-gradient of this rank's tasks as its gradient.
+            tasks: how many they are.
+            counts: how many every rank has.
+            due: whether the batch ends a meta-step.
+        """
+        # DDP averages over ranks; the mean over tasks weighs a rank by its tasks.
+        share = tasks * len(counts) / max(1, sum(counts))
+        surrogate = surrogate * share / self.accumulate_meta_batches
+        self._tasks_of_step += sum(counts)
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        if due or block is None:
+            self.manual_backward(surrogate)
+        else:
+            with block():
+                self.manual_backward(surrogate)
+        if due:
+            self._step()
+
+    def _step(self) -> None:
+        optimizer = self.optimizers()
+        if isinstance(optimizer, list):
+            raise ValueError(
+                f"configure_optimizers must return one optimizer; found {len(optimizer)}. Give its parameter groups "
+                "their own learning rates instead."
+            )
+        tasks, self._tasks_of_step = self._tasks_of_step, 0
+        if not tasks:
+            # A step along zero would still move the weights, by momentum and weight decay.
+            optimizer.zero_grad()
+            self._empty_steps += 1
+            if self._empty_steps == _MOST_EMPTY_STEPS:
+                raise FloatingPointError(
+                    f"some task must be sound; found none in {_MOST_EMPTY_STEPS} meta-steps in a row, so that the "
+                    "network itself does not adapt. Lower the inner learning rate, or use a stronger regulariser."
+                )
+            return
+        self._empty_steps = 0
+        self._clipped = False
+        optimizer.step()
+        if self.gradient_clip_val is not None and not self._clipped:
+            raise RuntimeError(
+                f"{type(self).__name__}.on_before_optimizer_step must call super().on_before_optimizer_step(optimizer),"
+                " which clips the meta-gradient; found that it does not. Call it, or leave gradient_clip_val out."
+            )
+        optimizer.zero_grad()
+        self._step_schedulers("step", self.trainer.global_step)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the meta-gradient's norm as ``train/grad_norm`` and clip it, here where a GradScaler has unscaled it."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        if self.gradient_clip_val is not None:
+            self.configure_gradient_clipping(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
+        self._clipped = True
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Keep what is accumulated: the Trainer, whose own accumulation is off, would clear it."""
+
+    def on_train_epoch_end(self) -> None:
+        """Step the schedulers that go by epochs, which manual optimization leaves to the module."""
+        self._step_schedulers("epoch", self.current_epoch + 1)
+
+    def _step_schedulers(self, interval: str, count: int) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            if config.interval != interval or count % config.frequency:
+                continue
+            if not isinstance(config.scheduler, ReduceLROnPlateau):
+                config.scheduler.step()
+                continue
+            value: Any = self.trainer.callback_metrics.get(str(self.lr_scheduler_monitor))
+            if value is None:
+                raise ValueError(
+                    f"lr_scheduler_monitor must be a logged quantity for ReduceLROnPlateau; found "
+                    f"{self.lr_scheduler_monitor!r}. Logged are {sorted(self.trainer.callback_metrics)}: choose one."
+                )
+            config.scheduler.step(value)
