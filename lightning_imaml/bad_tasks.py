@@ -26,16 +26,18 @@ def find(quantities: Mapping[str, Tensor]) -> Tensor:
 
 
 def describe(quantities: Mapping[str, Tensor], tasks: Tensor) -> str:
-    """Say which quantity is bad for which tasks, by the first such quantity.
+    """Say for every bad task which quantity is bad, by the first such quantity.
 
     Args:
         quantities: their names and their values, ``[T]``.
         tasks: the T tasks' indices in the batch, ``[T]``.
     """
+    parts, told = [], torch.zeros_like(tasks, dtype=torch.bool)
     for name, values in quantities.items():
-        bad = ~sound(values)
+        bad = ~sound(values) & ~told
+        told |= bad
         if bad.any():
+            size = f" and at most {limit(values.dtype):.1e}" if values[bad].isfinite().any() else ""
             found, numbers = values[bad].tolist(), tasks[bad].tolist()
-            exploded = "" if not values.isfinite().all() else f" and at most {limit(values.dtype):.1e}"
-            return f"{name} must be finite{exploded}; found {found} for tasks {numbers} of the batch. {REMEDY}"
-    raise AssertionError("describe() is for batches with a bad task")
+            parts.append(f"{name} must be finite{size}; found {found} for tasks {numbers} of the batch.")
+    return " ".join([*parts, REMEDY])
