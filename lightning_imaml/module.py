@@ -25,6 +25,7 @@ from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, is_cla
 from lightning_imaml.outer_step import OuterStep, surrogate
 from lightning_imaml.phases import META_STEP, phase
 from lightning_imaml.regularizers import Proximal, Regularizer
+from lightning_imaml.task_mean import TaskMean
 from lightning_imaml.tasks import FlatModel
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -126,6 +127,8 @@ class IMAMLModule(OuterStep):
             metrics = self.configure_metrics()
             setattr(self, f"{stage}_before", metrics.clone(prefix=f"{stage}/", postfix="_before"))
             setattr(self, f"{stage}_after", metrics.clone(prefix=f"{stage}/"))
+            for name in ("loss", "inner_residual"):
+                setattr(self, f"{stage}_{name}", TaskMean())
         self._warned_indefinite = False
         self._of_data: dict[str, Any] = {}
         if backbone is not None:
@@ -366,8 +369,10 @@ class IMAMLModule(OuterStep):
             loss=self._loss("outer_loss"),
             chunk_size=self.chunk_size,
         )
-        self.log(f"{stage}/loss", loss.mean(), batch_size=batch.tasks, sync_dist=True)
-        self.log(f"{stage}/inner_residual", adapted.residual.mean(), batch_size=batch.tasks, sync_dist=True)
+        for name, values in (("loss", loss), ("inner_residual", adapted.residual)):
+            mean: TaskMean = getattr(self, f"{stage}_{name}")
+            mean.update(values)
+            self.log(f"{stage}/{name}", mean, batch_size=batch.tasks)
         default = type(self).configure_metrics is IMAMLModule.configure_metrics
         if default and not is_classification(outputs, batch.query_targets):
             return

@@ -58,9 +58,7 @@ class OuterStep(LightningModule):
 
     def on_train_start(self) -> None:
         """Refuse ranks with different numbers of batches, which would wait for one another for ever."""
-        batches = self.trainer.num_training_batches
-        gathered = self.all_gather(torch.tensor(float(batches), device=self.device))
-        counts = torch.as_tensor(gathered).reshape(-1).tolist()
+        counts = [batches for (batches,) in self._of_all_ranks(float(self.trainer.num_training_batches))]
         if len(set(counts)) > 1:
             raise ValueError(
                 f"every rank must have the same number of training batches; found {counts}. Leave the sampler to the "
@@ -88,20 +86,32 @@ class OuterStep(LightningModule):
         Raises:
             FloatingPointError: on this rank or another one; on all of them, so that none waits for one that stopped.
         """
-        counts = [tasks]
-        if self.trainer.world_size > 1:
-            mine = torch.tensor([tasks, error is not None], device=self.device)
-            gathered = torch.as_tensor(self.all_gather(mine)).tolist()
-            failed = [rank for rank, (_, bad) in enumerate(gathered) if bad]
-            if failed and error is None:
-                error = FloatingPointError(
-                    f"every rank's tasks must be sound; found bad ones on ranks {failed}, whose own error names them. "
-                    "All ranks stop together."
-                )
-            counts = [count for count, _ in gathered]
+        told = self._of_all_ranks(tasks, error is not None)
+        failed = [rank for rank, (_, bad) in enumerate(told) if bad]
+        if failed and error is None:
+            error = FloatingPointError(
+                f"every rank's tasks must be sound; found bad ones on ranks {failed}, whose own error names them. "
+                "All ranks stop together."
+            )
         if error is not None:
             raise error
-        return counts
+        return [int(count) for count, _ in told]
+
+    def _of_all_ranks(self, *values: float) -> list[list[float]]:
+        """Every rank's values, rank by rank."""
+        # By a sum: Lightning's all_gather warns of what PyTorch deprecates, and would be differentiable for nothing.
+        table = torch.zeros(self.trainer.world_size, len(values), device=self.device)
+        table[self.global_rank] = torch.tensor(values)
+        try:
+            told = torch.as_tensor(self.trainer.strategy.reduce(table, reduce_op="sum"))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"every rank must be running for a meta-step; rank {self.global_rank} of {self.trainer.world_size} lost "
+                f"another one ({error}). That process has died or was killed: its own output, or the system's log of "
+                "processes killed for memory, says why. Resume from the last checkpoint."
+            ) from error
+        found: list[list[float]] = told.tolist()
+        return found
 
     def mean_over_ranks(self, values: dict[str, Tensor], tasks: int, counts: list[int]) -> dict[str, Tensor]:
         """The means over all ranks' tasks of values that are means over this rank's; NaN where there are no tasks."""
