@@ -106,8 +106,8 @@ class OuterStep(LightningModule):
             told = torch.as_tensor(self.trainer.strategy.reduce(table, reduce_op="sum"))
         except RuntimeError as error:
             raise RuntimeError(
-                f"every rank must be running for a meta-step; rank {self.global_rank} of {self.trainer.world_size} lost "
-                f"another one ({error}). That process has died or was killed: its own output, or the system's log of "
+                f"every rank must be running for a meta-step; rank {self.global_rank} of {self.trainer.world_size} "
+                f"lost another one ({error}). That process has died or was killed: its own output, or the system's log of "
                 "processes killed for memory, says why. Resume from the last checkpoint."
             ) from error
         found: list[list[float]] = told.tolist()

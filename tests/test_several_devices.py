@@ -33,7 +33,7 @@ def run(*command: str, environment: dict[str, str] | None = None, timeout: int =
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict[str, Any]]:
-    """Of one process alone, of rank 0 of two and of rank 1 of two; all cases in one start, which takes the most time."""
+    """Of one process alone, of rank 0 of two and of rank 1 of two; all cases in one start, for starting is slow."""
     folder = tmp_path_factory.mktemp("ranks")
     for processes in ("1", "2"):
         done = run(str(TESTS / "two_processes.py"), str(folder), processes)
