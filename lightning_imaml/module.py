@@ -168,6 +168,7 @@ class IMAMLModule(OuterStep):
         # load_from_checkpoint calls this, too, before on_load_checkpoint knows ways and shots.
         if self._trainer is not None:
             self._build()
+            super().configure_model()
 
     def _build(self) -> None:
         if not hasattr(self, "backbone"):

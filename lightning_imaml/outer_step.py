@@ -7,14 +7,20 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
 
 from lightning_imaml.functional import MetaGradient
 
 _MOST_EMPTY_STEPS = 20
+
+
+def _tracks_statistics(module: nn.Module) -> bool:
+    return any(isinstance(layer, _NormBase) and layer.running_mean is not None for layer in module.modules())
 
 
 def surrogate(result: MetaGradient, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -48,13 +54,25 @@ class OuterStep(LightningModule):
     _clipped = False
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies that shard the parameters."""
+        """Refuse strategies that shard the parameters; tell weight averaging that there are no running statistics."""
         if isinstance(self.trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
             raise ValueError(
                 f"strategy must keep all parameters on every rank, since each task adapts its own copy of all of them; "
                 f"found {type(self.trainer.strategy).__name__}, which shards them. Use strategy='ddp'; a smaller "
                 "chunk_size saves memory instead."
             )
+        for callback in self._averaging():
+            # Lightning's callback would renew running statistics, and fails where BatchNorm has none.
+            callback.pl_module_contains_batch_norm = _tracks_statistics  # type: ignore[method-assign,assignment]
+
+    def configure_model(self) -> None:
+        """Let weight averaging copy the network again, since it may not have been there when it did."""
+        for callback in self._averaging():
+            callback.setup(self.trainer, self, "fit")
+
+    def _averaging(self) -> list[StochasticWeightAveraging]:
+        callbacks = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, StochasticWeightAveraging)]
 
     def on_train_start(self) -> None:
         """Refuse ranks with different numbers of batches, which would wait for one another for ever."""
@@ -107,8 +125,8 @@ class OuterStep(LightningModule):
         except RuntimeError as error:
             raise RuntimeError(
                 f"every rank must be running for a meta-step; rank {self.global_rank} of {self.trainer.world_size} "
-                f"lost another one ({error}). That process has died or was killed: its own output, or the system's log of "
-                "processes killed for memory, says why. Resume from the last checkpoint."
+                f"lost another one ({error}). That process has died or was killed: its own output, or the system's log "
+                "of processes killed for memory, says why. Resume from the last checkpoint."
             ) from error
         found: list[list[float]] = told.tolist()
         return found
