@@ -179,6 +179,8 @@ class IMAMLModule(OuterStep):
         for name in self._of_data:
             checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).pop(name, None)
         checkpoint["lightning_imaml"] = {"loss": _qualified_name(self.loss), "data": dict(self._of_data)}
+        if self._trainer is not None:
+            checkpoint["lightning_imaml"]["outer_step"] = self.outer_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the network before its weights arrive; refuse to replace another loss by the default in silence."""
@@ -190,6 +192,8 @@ class IMAMLModule(OuterStep):
             )
         self._take_over(noted.get("data", {}))
         self._build()
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            self.resumed_state = noted.get("outer_step")
 
     def _attach(self, backbone: nn.Module) -> None:
         self.backbone = backbone
@@ -287,6 +291,7 @@ class IMAMLModule(OuterStep):
         Returns:
             The mean query loss of the batch's adapted networks, over all ranks; None if no task was left.
         """
+        self.resume_outer_state()
         batch = Episode.of(batch)
         due = (batch_idx + 1) % self.accumulate_meta_batches == 0 or self.trainer.is_last_batch
         # The batches of which Lightning writes a row; reading values for the others would only wait for the device.

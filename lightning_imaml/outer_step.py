@@ -52,6 +52,7 @@ class OuterStep(LightningModule):
     _tasks_of_step = 0
     _empty_steps = 0
     _clipped = False
+    resumed_state: dict[str, Any] | None = None
 
     def setup(self, stage: str) -> None:
         """Refuse strategies that shard the parameters; tell weight averaging that there are no running statistics."""
@@ -74,6 +75,30 @@ class OuterStep(LightningModule):
         callbacks = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
         return [callback for callback in callbacks if isinstance(callback, StochasticWeightAveraging)]
 
+    def outer_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold, besides Lightning's own, to go on bit for bit: plain tensors and numbers."""
+        state: dict[str, Any] = {"random": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda_random"] = torch.cuda.get_rng_state(self.device)
+        # Before their all-reduce, every rank's gradients are its own, and rank zero alone writes.
+        if self._tasks_of_step and self.trainer.world_size == 1:
+            gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+            state |= {"tasks": self._tasks_of_step, "gradients": gradients}
+        return state
+
+    def resume_outer_state(self) -> None:
+        """Once, at the first training step after a resume: later than what the Trainer itself clears and draws."""
+        state, self.resumed_state = self.resumed_state, None
+        if state is None:
+            return
+        self._tasks_of_step = state.get("tasks", 0)
+        parameters = dict(self.named_parameters())
+        for name, gradient in state.get("gradients", {}).items():
+            parameters[name].grad = gradient.to(parameters[name])
+        torch.set_rng_state(state["random"].cpu())
+        if "cuda_random" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
+
     def on_train_start(self) -> None:
         """Refuse ranks with different numbers of batches, which would wait for one another for ever."""
         counts = [batches for (batches,) in self._of_all_ranks(float(self.trainer.num_training_batches))]
@@ -83,8 +108,13 @@ class OuterStep(LightningModule):
                 "Trainer (use_distributed_sampler=True), or set limit_train_batches."
             )
 
+        self._count_meta_steps()  # The Trainer leaves on_train_epoch_start out where it resumes in mid-epoch.
+
     def on_train_epoch_start(self) -> None:
         """Let a whole ``val_check_interval`` count meta-steps, where the Trainer counts batches."""
+        self._count_meta_steps()
+
+    def _count_meta_steps(self) -> None:
         trainer = self.trainer
         interval, accumulated = trainer.val_check_interval, self.accumulate_meta_batches
         if accumulated == 1 or not isinstance(interval, int):
