@@ -237,7 +237,7 @@ class IMAMLModule(OuterStep):
         """The network at its initialisation, unadapted: inputs ``[n, ...]`` to outputs ``[n, ...]``."""
         return self.backbone(inputs)
 
-    def adapt(self, support_inputs: Any, support_targets: Any) -> Adapted:
+    def adapt(self, support_inputs: Any, support_targets: Any, *, inner_solver: InnerSolver | None = None) -> Adapted:
         """Adapt to new tasks, ``[T, n, ...]`` each; see :func:`lightning_imaml.functional.adapt`."""
         self._build()
         return functional.adapt(
@@ -245,7 +245,7 @@ class IMAMLModule(OuterStep):
             support_inputs,
             support_targets,
             loss=self._loss("inner_loss"),
-            inner_solver=self.inner_solver,
+            inner_solver=inner_solver or self.inner_solver,
             regularizer=self.regularizer,
             strengths=dict(self.strengths),
             chunk_size=self.chunk_size,
