@@ -301,7 +301,8 @@ class IMAMLModule(OuterStep):
         with phase(META_STEP):
             result, error = None, None
             try:
-                result = self.meta_gradient(batch, on_bad_task=self.on_bad_task)
+                with self.random_stream():
+                    result = self.meta_gradient(batch, on_bad_task=self.on_bad_task)
             except FloatingPointError as found:
                 error = found
             counts = self.agree(0 if result is None else len(result.tasks), error)
@@ -312,7 +313,9 @@ class IMAMLModule(OuterStep):
         return self._log_training(batch, result, before, counts)
 
     def _log_training(self, batch: Episode, result: MetaGradient, before: Any, counts: list[int]) -> Tensor | None:
-        targets = batch.take(result.tasks).query_targets
+        targets = batch.query_targets
+        if isinstance(targets, Tensor):
+            targets = targets[result.tasks]
         values = {
             "train/outer_loss": result.loss.mean(),
             "train/inner_residual": result.adapted.residual.mean(),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,17 @@ _MOST_EMPTY_STEPS = 20
 
 def _tracks_statistics(module: nn.Module) -> bool:
     return any(isinstance(layer, _NormBase) and layer.running_mean is not None for layer in module.modules())
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_random_states(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0].cpu())
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1].cpu(), device)
 
 
 def surrogate(result: MetaGradient, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -53,6 +65,7 @@ class OuterStep(LightningModule):
     _empty_steps = 0
     _clipped = False
     resumed_state: dict[str, Any] | None = None
+    _random: list[Tensor] | None = None
 
     def setup(self, stage: str) -> None:
         """Refuse strategies that shard the parameters; tell weight averaging that there are no running statistics."""
@@ -77,9 +90,7 @@ class OuterStep(LightningModule):
 
     def outer_state(self) -> dict[str, Any]:
         """What a checkpoint must hold, besides Lightning's own, to go on bit for bit: plain tensors and numbers."""
-        state: dict[str, Any] = {"random": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["cuda_random"] = torch.cuda.get_rng_state(self.device)
+        state: dict[str, Any] = {"random": self._random}
         # Before their all-reduce, every rank's gradients are its own, and rank zero alone writes.
         if self._tasks_of_step and self.trainer.world_size == 1:
             gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
@@ -87,7 +98,7 @@ class OuterStep(LightningModule):
         return state
 
     def resume_outer_state(self) -> None:
-        """Once, at the first training step after a resume: later than what the Trainer itself clears and draws."""
+        """Once, at the first training step after a resume: later than what the Trainer itself clears."""
         state, self.resumed_state = self.resumed_state, None
         if state is None:
             return
@@ -95,9 +106,23 @@ class OuterStep(LightningModule):
         parameters = dict(self.named_parameters())
         for name, gradient in state.get("gradients", {}).items():
             parameters[name].grad = gradient.to(parameters[name])
-        torch.set_rng_state(state["random"].cpu())
-        if "cuda_random" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
+        self._random = state["random"]
+
+    @contextmanager
+    def random_stream(self) -> Iterator[None]:
+        """Draw random numbers, of dropout, from a stream of the training steps' own, which goes on after a resume.
+
+        What loaders and validation draw depends on where a run was interrupted. The stream starts as a copy of the
+        global one.
+        """
+        outside = _random_states(self.device)
+        if self._random is not None:
+            _set_random_states(self._random, self.device)
+        try:
+            yield
+        finally:
+            self._random = _random_states(self.device)
+            _set_random_states(outside, self.device)
 
     def on_train_start(self) -> None:
         """Refuse ranks with different numbers of batches, which would wait for one another for ever."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_imaml import Episode, IMAMLModule, bad_tasks
+from lightning_imaml.callbacks import MetaGradientErrorMonitor
 from lightning_imaml.functional import adapt, meta_gradient
 from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov, TorchOptimizer
 from lightning_imaml.linear import ConjugateGradient, Direct, MinRes, Neumann
@@ -212,3 +213,11 @@ def test_evaluation_always_raises():
     loader = DataLoader([broken(regression_episode(), 1)], batch_size=1, collate_fn=collate)
     with pytest.raises(FloatingPointError, match=r"tasks \[1\]"):
         trainer.test(module, loader, verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*left out of the meta-gradient")
+def test_a_monitor_does_not_stop_a_training_that_skips():
+    batches = [broken(regression_episode(seed=0), 0), regression_episode(seed=1)]
+    _, trainer = fit(batches, MetaGradientErrorMonitor(every_n_steps=1), on_bad_task="skip")
+    assert trainer.global_step == 2
+    assert trainer.callback_metrics["meta_gradient/relative_error"].isfinite()

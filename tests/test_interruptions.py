@@ -177,7 +177,7 @@ def test_sigterm_saves_and_the_resumed_run_ends_the_same(tmp_path, batch, accumu
     torch.testing.assert_close(weights(second), weights(expected), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("stop", [2, 7])
+@pytest.mark.parametrize("stop", [2, 5, 7])
 def test_dropout_goes_on_with_the_masks_of_an_uninterrupted_run(tmp_path, stop):
     expected, first, second = (module(dropout=0.5) for _ in range(3))
     seed_everything(1, verbose=False)

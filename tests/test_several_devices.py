@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import nn
-from two_processes import METHODS
+from two_processes import METHODS, data, module, trainer, weights
 
 from lightning_imaml import IMAMLModule
 
@@ -74,6 +74,20 @@ def test_both_monitors_log_the_same_on_every_rank(results):
     assert first["memory/inner_loop_mib"] > 0
 
 
+def test_the_adaptation_curve_is_over_the_tasks_of_all_ranks(results):
+    alone, first, second = (found["curve"] for found in results)
+    assert first == second
+    assert "test/accuracy_at_9_steps" in alone
+    assert first == pytest.approx(alone, rel=1e-5)
+
+
+def test_spawned_processes_take_the_same_steps(results):
+    model = module(**METHODS["first order"])
+    run = trainer(1, max_epochs=2, max_steps=20, devices=2, strategy="ddp_spawn")
+    run.fit(model, datamodule=data(8))
+    torch.testing.assert_close(weights(model), results[0]["methods"]["first order"], rtol=1e-10, atol=1e-12)
+
+
 def test_bad_tasks_are_left_out_of_the_mean_over_all_ranks(results):
     """Also where a rank has none left, and where no rank has."""
     alone, first, second = (found["skipped"] for found in results)
@@ -101,11 +115,11 @@ def test_different_numbers_of_batches_are_refused_on_all_ranks(results):
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
 def test_sharded_strategies_are_refused_with_the_reason(strategy, monkeypatch):
-    trainer, module = Trainer(accelerator="cpu", devices=1, logger=False), IMAMLModule(nn.Linear(2, 2))
-    module.trainer = trainer
-    monkeypatch.setattr(trainer._accelerator_connector, "strategy", strategy.__new__(strategy))
+    run, model = Trainer(accelerator="cpu", devices=1, logger=False), IMAMLModule(nn.Linear(2, 2))
+    model.trainer = run
+    monkeypatch.setattr(run._accelerator_connector, "strategy", strategy.__new__(strategy))
     with pytest.raises(ValueError, match=rf"each task adapts its own copy .*; found {strategy.__name__}, which shards"):
-        module.setup("fit")
+        model.setup("fit")
 
 
 EXAMPLE = str(ROOT / "examples" / "multi_gpu.py")

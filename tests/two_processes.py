@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_imaml import Episode, IMAMLModule
-from lightning_imaml.callbacks import MetaGradientErrorMonitor, PeakMemoryMonitor
+from lightning_imaml.callbacks import AdaptationCurve, MetaGradientErrorMonitor, PeakMemoryMonitor
 from lightning_imaml.curvature import GaussNewton
 from lightning_imaml.data import EpisodicDataModule
 from lightning_imaml.inner import GradientDescent
@@ -140,6 +140,12 @@ def monitors(processes: int) -> dict[str, float]:
     return {k: float(v) for k, v in run.callback_metrics.items() if k.startswith(("meta_gradient/", "memory/"))}
 
 
+def curve(processes: int, folder: Path) -> dict[str, float]:
+    """Seven test tasks through the callback that adapts them anew."""
+    run = trainer(processes, AdaptationCurve([0, 2, 9]), default_root_dir=folder / f"of{processes}")
+    return dict(run.test(module(), datamodule=data(16 // processes, eval_tasks_per_batch=2), verbose=False)[0])
+
+
 def skipped(processes: int) -> torch.Tensor:
     """Task 2 is bad, then 4 and 5, a rank's whole batch, then all of a meta-step."""
     shares = [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [10, 11]], [[12, 13], [14, 15]]]
@@ -180,6 +186,7 @@ def main(folder: Path, processes: int) -> None:
         "without all-reduce": without_all_reduce(processes),
         "metrics": metrics(processes),
         "monitors": monitors(processes),
+        "curve": curve(processes, folder),
         "skipped": skipped(processes),
         "uneven batch": uneven_batch(processes),
     }

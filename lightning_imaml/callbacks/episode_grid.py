@@ -38,10 +38,20 @@ class EpisodeGrid(Callback):
                 raise ValueError(f"{name} must be at least 1; found {value}. Remove the callback to switch it off.")
         self.tasks = tasks
         self.queries = queries
+        self._folder = Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that the module predicts query sets."""
         require_interface(self, pl_module, ("inner_solver", "adapt", "predict_step"))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out where to write."""
+        # log_dir is a collective operation: on every rank, also on one without a batch.
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out where to write."""
+        self.on_validation_start(trainer, pl_module)
 
     def on_validation_batch_end(
         self,
@@ -69,10 +79,7 @@ class EpisodeGrid(Callback):
         self._record(trainer, pl_module, batch, batch_idx, dataloader_idx, "test")
 
     def _record(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int, loader: int, stage: str) -> None:
-        if batch_idx or loader:
-            return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # A collective operation: on every rank.
-        if not trainer.is_global_zero:
+        if batch_idx or loader or not trainer.is_global_zero:
             return
         episode = Episode.of(batch)
         episode = episode.take(torch.arange(min(self.tasks, episode.tasks), device=module.device))
@@ -80,8 +87,8 @@ class EpisodeGrid(Callback):
             predictions = module.predict_step(episode, 0)
         _check(episode, predictions)
         figure = draw_episodes(episode, predictions.argmax(dim=-1), self.queries)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"episodes_{stage}.png"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"episodes_{stage}.png"
         figure.savefig(path, dpi=100)
         for logger in trainer.loggers:
             tag = f"{stage}/episodes"
