@@ -22,7 +22,7 @@ from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.meta_gradients import Estimator, Implicit
 from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, is_classification
-from lightning_imaml.outer_step import OuterStep, surrogate
+from lightning_imaml.outer_step import OuterStep, surrogate, training_values
 from lightning_imaml.phases import META_STEP, phase
 from lightning_imaml.regularizers import Proximal, Regularizer
 from lightning_imaml.task_mean import TaskMean
@@ -313,21 +313,7 @@ class IMAMLModule(OuterStep):
         return self._log_training(batch, result, before, counts)
 
     def _log_training(self, batch: Episode, result: MetaGradient, before: Any, counts: list[int]) -> Tensor | None:
-        targets = batch.query_targets
-        if isinstance(targets, Tensor):
-            targets = targets[result.tasks]
-        values = {
-            "train/outer_loss": result.loss.mean(),
-            "train/inner_residual": result.adapted.residual.mean(),
-        }
-        if is_classification(result.query_outputs, targets):
-            values["train/accuracy"] = _accuracy(result.query_outputs, targets)
-            if before is not None:
-                values["train/accuracy_before"] = _accuracy(before[result.tasks], targets)
-        if result.linear is not None:
-            values["train/linear_residual"] = result.linear.residual.mean()
-            values["train/linear_steps"] = result.linear.steps.float().mean()
-            values["train/indefinite"] = result.linear.indefinite.float().mean()
+        values = training_values(result, batch.query_targets, before)
         values = self.mean_over_ranks(values, len(result.tasks), counts)
         if not sum(counts):
             return None
@@ -394,7 +380,3 @@ class IMAMLModule(OuterStep):
 def _qualified_name(loss: object) -> str:
     named = loss if hasattr(loss, "__qualname__") else type(loss)
     return f"{named.__module__}.{named.__qualname__}"
-
-
-def _accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
-    return (outputs.argmax(dim=-1) == targets).float().mean()

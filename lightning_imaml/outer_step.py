@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
 
 from lightning_imaml.functional import MetaGradient
+from lightning_imaml.metrics import is_classification
 
 _MOST_EMPTY_STEPS = 20
 
@@ -43,6 +44,30 @@ def surrogate(result: MetaGradient, parameters: Mapping[str, Tensor]) -> Tensor:
     """
     inner = torch.stack([(result.grads[name].detach() * p).sum() for name, p in parameters.items()]).sum()
     return result.loss.sum() / max(1, len(result.tasks)) + inner - inner.detach()
+
+
+def training_values(result: MetaGradient, targets: Any, before: Any) -> dict[str, Tensor]:
+    """What is logged of a meta-step: means over its tasks, by name.
+
+    Args:
+        result: the meta-gradient of the tasks that were good.
+        targets: the query targets of all tasks of the batch.
+        before: the unadapted network's outputs for them; None where they were not computed.
+    """
+    values = {"train/outer_loss": result.loss.mean(), "train/inner_residual": result.adapted.residual.mean()}
+    if isinstance(targets, Tensor) and is_classification(result.query_outputs, targets[result.tasks]):
+        values["train/accuracy"] = _accuracy(result.query_outputs, targets[result.tasks])
+        if before is not None:
+            values["train/accuracy_before"] = _accuracy(before[result.tasks], targets[result.tasks])
+    if result.linear is not None:
+        values["train/linear_residual"] = result.linear.residual.mean()
+        values["train/linear_steps"] = result.linear.steps.float().mean()
+        values["train/indefinite"] = result.linear.indefinite.float().mean()
+    return values
+
+
+def _accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.argmax(dim=-1) == targets).float().mean()
 
 
 class OuterStep(LightningModule):
