@@ -74,7 +74,7 @@ def _bytes_of_a_task(model: FlatModel, inputs: Any) -> int:
             saved_tensors_hooks(pack, lambda t: t),
         ):
             # Held, since what is freed gives its address to another.
-            outputs = model(model.initial().unsqueeze(0).requires_grad_(), ordinary(one))
+            outputs = model(model.initial().unsqueeze(0).requires_grad_(), model.cast(ordinary(one)))
         del outputs
         known[key] = sum(kept.values())
     return known[key]
