@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -16,7 +16,8 @@ from lightning_imaml.data.batching import EndlessSampler, EpisodeDataset, Evalua
 from lightning_imaml.data.sampling import SPLITS, TaskSource, random_of
 from lightning_imaml.episodes import Episode
 
-Transform = Callable[[Tensor], Tensor]
+# The module is named apart so that the command line takes one by its class path, such as torchvision's transforms.
+Transform = nn.Module | Callable[[Tensor], Tensor]
 """Takes samples ``[n, ...]`` and gives as many."""
 
 
@@ -205,7 +206,7 @@ def _transformed(transform: Transform, batch: Episode) -> Episode:
     )
 
 
-class PerSample:
+class PerSample(nn.Module):
     """Apply a transform to one sample at a time, each with random numbers of its own.
 
     Most random transforms of torchvision turn, crop or colour a whole batch alike.
@@ -215,8 +216,9 @@ class PerSample:
     """
 
     def __init__(self, transform: Transform) -> None:
+        super().__init__()
         self.transform = transform
 
-    def __call__(self, samples: Tensor) -> Tensor:
+    def forward(self, samples: Tensor) -> Tensor:
         """``[n, ...]`` to ``[n, ...]``."""
         return torch.stack([self.transform(sample) for sample in samples])

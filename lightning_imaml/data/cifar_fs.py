@@ -32,6 +32,8 @@ class CifarFSDataModule(EpisodicDataModule):
         ValueError: as for :class:`EpisodicDataModule`; the data has other classes than it should.
     """
 
+    fixed_split = True
+
     def __init__(self, root: str | os.PathLike[str], *, download: bool = False, **options: Any) -> None:
         # A plain string: hyperparameters go into checkpoints, which load only plain types by default.
         root = os.fspath(root)

@@ -16,6 +16,7 @@ from lightning_imaml.data.episode_list import ListedTasks, read_episodes, write_
 from lightning_imaml.data.labelled import ClassPool, shuffle_classes
 from lightning_imaml.data.sampling import SPLITS, DrawnTasks, ImageTasks, Range, ShapeSource, bounds
 
+_SHARES = (0.64, 0.16, 0.20)  # of the classes: those of mini-ImageNet and CIFAR-FS
 _SHOWN = 5  # how many of the offending classes an error names
 
 
@@ -76,6 +77,9 @@ class EpisodicDataModule(TaskDataModule):
             images, or two splits share a class.
     """
 
+    fixed_split = False
+    """Whether the split of the classes belongs to the dataset, so that ``class_split`` has no place."""
+
     def __init__(
         self,
         train: Dataset[Any] | None = None,
@@ -94,7 +98,7 @@ class EpisodicDataModule(TaskDataModule):
         test_tasks: int = 600,
         eval_tasks_per_batch: int | None = None,
         episodes: str | os.PathLike[str] | None = None,
-        class_split: Sequence[float] = (0.64, 0.16, 0.20),
+        class_split: Sequence[float] = _SHARES,
         small_classes: Literal["raise", "skip"] = "raise",
         rotations: bool = False,
         in_memory: bool = False,
@@ -129,6 +133,11 @@ class EpisodicDataModule(TaskDataModule):
             raise ValueError(
                 "class_split must be three shares (train, val, test), none negative, with the sum 1; "
                 f"found {tuple(class_split)}."
+            )
+        if self.fixed_split and tuple(class_split) != _SHARES:
+            raise ValueError(
+                f"class_split must be left out, since {type(self).__name__} has a split of its own; found "
+                f"{tuple(class_split)}. For another split, pass the data to EpisodicDataModule."
             )
         require_choice("small_classes", small_classes, ("raise", "skip"))
         self._datasets = (train, val, test)

@@ -59,6 +59,8 @@ class MiniImageNetDataModule(EpisodicDataModule):
             read.
     """
 
+    fixed_split = True
+
     def __init__(self, root: str | os.PathLike[str], *, on_broken: OnBroken = "raise", **options: Any) -> None:
         # A plain string: hyperparameters go into checkpoints, which load only plain types by default.
         root = os.fspath(root)

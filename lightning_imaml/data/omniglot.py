@@ -47,6 +47,8 @@ class OmniglotDataModule(EpisodicDataModule):
         ValueError: as for :class:`EpisodicDataModule`; the data is incomplete, or an image cannot be read.
     """
 
+    fixed_split = True
+
     def __init__(
         self,
         root: str | os.PathLike[str],
