@@ -21,7 +21,8 @@ class Protocol:
         query: samples a task in the query set.
         ways: classes a task; None for regression.
         inner_steps: the most inner steps; None for a solver that does not say.
-        batch_statistics: whether a BatchNorm layer normalises by the statistics of the batch at test time.
+        batch_statistics: whether a BatchNorm layer normalises by the statistics of the batch at test time. Predictions
+            then depend on the whole query set: the transductive protocol. All other norms are inductive.
     """
 
     support: int
@@ -53,8 +54,7 @@ class Protocol:
             words.append(f"{_each(self.query, self.ways)} queries a class")
         if self.inner_steps is not None:
             words.append(f"{self.inner_steps} inner steps")
-        if self.batch_statistics:
-            words.append("batch statistics")
+        words.append("batch statistics (transductive)" if self.batch_statistics else "inductive")
         return ", ".join(words)
 
 

@@ -109,7 +109,7 @@ def test_a_test_prints_accuracy_before_and_after_and_the_baseline(tmp_path, caps
         "random weights, after adaptation": f"{percent(accuracy.compute())} ± {percent(interval.compute())}",
     }
     assert "Test results" in printed
-    assert "3-way 2-shot, 4 queries a class, 7 inner steps, 12 tasks." in words(printed)
+    assert "3-way 2-shot, 4 queries a class, 7 inner steps, inductive, 12 tasks." in words(printed)
 
 
 def test_testing_twice_counts_twice_from_zero(tmp_path, capsys):
@@ -153,7 +153,7 @@ def test_a_validation_on_its_own_prints(tmp_path, capsys):
 def test_batch_statistics_are_part_of_the_protocol(tmp_path, capsys):
     model = module(network(nn.BatchNorm1d(8, track_running_stats=False)))
     trainer_with(tmp_path, ResultsTable()).test(model, loader(), verbose=False)
-    assert "7 inner steps, batch statistics, 12 tasks." in words(capsys.readouterr().out)
+    assert "7 inner steps, batch statistics (transductive), 12 tasks." in words(capsys.readouterr().out)
 
 
 class Scale(nn.Module):
@@ -199,7 +199,7 @@ def test_regression_shows_its_loss(tmp_path, capsys):
     assert cells(printed) == {
         "after adaptation": f"{float(trainer.callback_metrics['test/loss']):.4g}",
     }
-    assert "6 support and 6 query samples a task, 7 inner steps, 12 tasks." in words(printed)
+    assert "6 support and 6 query samples a task, 7 inner steps, inductive, 12 tasks." in words(printed)
 
 
 def test_only_rank_zero_prints(tmp_path, capsys):

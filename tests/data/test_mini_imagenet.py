@@ -78,10 +78,10 @@ def test_layouts_give_the_same_data(tree, tmp_path, layout):
     reference = module(tree)
     lay_out(tree, tmp_path, layout)
     data = module(tmp_path)
-    for ours, theirs in ((data.train_dataloader(), reference.train_dataloader()), (data.test_dataloader(),) * 2):
-        episode = next(iter(ours)).validate()
+    for split in ("train", "test"):
+        episode, expected = (next(iter(getattr(d, f"{split}_dataloader")())).validate() for d in (data, reference))
         assert episode.support_inputs.shape[1:] == (2, 3, 84, 84)
-        for part, other in zip(episode, next(iter(theirs)), strict=True):
+        for part, other in zip(episode, expected, strict=True):
             assert torch.equal(part, other)
     assert {split: list(pool.members) for split, pool in data._pools.items()} == SMALL
 
