@@ -8,6 +8,8 @@ from lightning_imaml.data.glyphs import GlyphDataModule
 from lightning_imaml.data.labelled import ClassPool, LabelledTensors
 from lightning_imaml.data.mini_imagenet import MiniImageNetDataModule
 from lightning_imaml.data.omniglot import OmniglotDataModule
+from lightning_imaml.data.regression import LinearRegressionDataModule, RegressionDataModule, SinusoidDataModule
+from lightning_imaml.data.tasksets import TasksetDataModule
 
 __all__ = [
     "CifarFSDataModule",
@@ -16,8 +18,12 @@ __all__ = [
     "GlyphDataModule",
     "ImageFolderDataModule",
     "LabelledTensors",
+    "LinearRegressionDataModule",
     "MiniImageNetDataModule",
     "OmniglotDataModule",
     "PerSample",
+    "RegressionDataModule",
+    "SinusoidDataModule",
     "TaskDataModule",
+    "TasksetDataModule",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_imaml.data.batching import EndlessSampler, EpisodeDataset, EvaluationBatches, TrainingBatches
-from lightning_imaml.data.sampling import SPLITS, TaskSource, random_of
+from lightning_imaml.data.sampling import SPLITS, Range, TaskSource, random_of
 from lightning_imaml.episodes import Episode
 
 # The module is named apart so that the command line takes one by its class path, such as torchvision's transforms.
@@ -177,6 +177,25 @@ def require_whole(name: str, value: object, minimum: int) -> None:
     """Raise a ValueError unless an argument is a whole number of at least ``minimum``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name} must be a whole number of at least {minimum}; found {value!r}.")
+
+
+def require_range(name: str, value: object, minimum: int) -> None:
+    """Raise a ValueError unless an argument is a whole number of at least ``minimum``, or a range of such."""
+    if isinstance(value, tuple | list):
+        if len(value) != 2 or not all(isinstance(v, int) for v in value) or not minimum <= value[0] <= value[1]:
+            raise ValueError(
+                f"{name} must be a whole number, or the lowest and the highest of a range, from {minimum} on; "
+                f"found {value!r}."
+            )
+    else:
+        require_whole(name, value, minimum)
+
+
+def split_setting(hparams: Mapping[str, Any], split: str, name: str) -> Range:
+    """The ``ways``, ``shots`` or ``queries`` of a split's tasks: ``eval_<name>`` in evaluation, unless it is None."""
+    of_evaluation = None if split == "train" else hparams[f"eval_{name}"]
+    value: Range = hparams[name] if of_evaluation is None else of_evaluation
+    return value
 
 
 def _with_seed(seed: int, number: int, transform: Transform, batch: Episode) -> Episode:

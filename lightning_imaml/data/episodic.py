@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import Dataset
 
-from lightning_imaml.data.base import TaskDataModule, Transform, require_whole
+from lightning_imaml.data.base import TaskDataModule, Transform, require_range, split_setting
 from lightning_imaml.data.episode_list import ListedTasks, read_episodes, write_episodes
 from lightning_imaml.data.labelled import ClassPool, shuffle_classes
 from lightning_imaml.data.sampling import SPLITS, DrawnTasks, ImageTasks, Range, ShapeSource, bounds
@@ -128,7 +128,7 @@ class EpisodicDataModule(TaskDataModule):
             ("eval_shots", shots if eval_shots is None else eval_shots, 1),
             ("eval_queries", queries if eval_queries is None else eval_queries, 1),
         ):
-            _require_range(name, value, minimum)
+            require_range(name, value, minimum)
         if len(class_split) != 3 or min(class_split) < 0 or abs(sum(class_split) - 1) > 1e-6:
             raise ValueError(
                 "class_split must be three shares (train, val, test), none negative, with the sum 1; "
@@ -191,15 +191,11 @@ class EpisodicDataModule(TaskDataModule):
             self._lists = read_episodes(Path(self.hparams["episodes"]).expanduser(), pools)
         self._pools = pools
 
-    def _range(self, split: str, name: str) -> Range:
-        """The ``ways``, ``shots`` or ``queries`` of a split's tasks."""
-        of_evaluation = None if split == "train" else self.hparams[f"eval_{name}"]
-        value: Range = self.hparams[name] if of_evaluation is None else of_evaluation
-        return value
-
     def _largest(self, split: str) -> tuple[int, int, int]:
         """The largest ways, shots and queries of a split."""
-        ways, shots, queries = (bounds(self._range(split, name))[1] for name in ("ways", "shots", "queries"))
+        ways, shots, queries = (
+            bounds(split_setting(self.hparams, split, name))[1] for name in ("ways", "shots", "queries")
+        )
         return ways, shots, queries
 
     def _usable(self, split: str, pool: ClassPool) -> ClassPool:
@@ -237,7 +233,7 @@ class EpisodicDataModule(TaskDataModule):
             return self._lists[split]
         if split not in self._pools:
             return None
-        ways, shots, queries = (self._range(split, name) for name in ("ways", "shots", "queries"))
+        ways, shots, queries = (split_setting(self.hparams, split, name) for name in ("ways", "shots", "queries"))
         shapes = ShapeSource(split, ways, shots, queries, self.hparams["seed"])
         return DrawnTasks(self._pools[split], split, shapes, self.hparams["seed"])
 
@@ -258,17 +254,6 @@ class EpisodicDataModule(TaskDataModule):
         if not tasks:
             raise ValueError("there must be validation or test classes to save tasks of; found only train. Pass test.")
         write_episodes(Path(path), {split: (source, self.evaluation_tasks(split)) for split, source in tasks.items()})
-
-
-def _require_range(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, tuple | list):
-        if len(value) != 2 or not all(isinstance(v, int) for v in value) or not minimum <= value[0] <= value[1]:
-            raise ValueError(
-                f"{name} must be a whole number, or the lowest and the highest of a range, from {minimum} on; "
-                f"found {value!r}."
-            )
-    else:
-        require_whole(name, value, minimum)
 
 
 def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
