@@ -83,6 +83,9 @@ class TaskDataModule(LightningDataModule):
         # Datasets and functions are code, and no hyper-parameters of a checkpoint.
         self.save_hyperparameters(ignore=[*SPLITS, "transform", "train_transform"])
         self.transform, self.train_transform = transform, train_transform
+        if transform is not None or train_transform is not None:
+            # Only where it has something to do: Lightning would prefer it to the same hook of a person's own module.
+            self.on_after_batch_transfer = self._apply_transforms  # type: ignore[method-assign]
 
     @abstractmethod
     def tasks(self, split: str) -> TaskSource | None:
@@ -160,13 +163,10 @@ class TaskDataModule(LightningDataModule):
         """The test tasks."""
         return self._eval_dataloader("test")
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Apply the transforms, where the batch is now; the Trainer calls this."""
-        training = self.trainer is not None and self.trainer.training
-        if self.transform is None and not (training and self.train_transform is not None):
-            return batch
+    def _apply_transforms(self, batch: Any, dataloader_idx: int) -> Any:
+        """Apply the transforms, on the device of the training; the Trainer calls this."""
         batch = Episode.of(batch)
-        if training and self.train_transform is not None:
+        if self.train_transform is not None and self.trainer is not None and self.trainer.training:
             world, rank = self._processes()
             number = (self._batches_done() or 0) * world + rank
             batch = _with_seed(self.hparams["seed"], number, self.train_transform, batch)

@@ -30,7 +30,7 @@ class EpisodicDataModule(TaskDataModule):
 
     Where N, K or Q is a range ``(lowest, highest)``, it is drawn uniformly. All tasks of a training step have the same
     shape, drawn for the step; each task of an evaluation has its own, and tasks of the same shape come in one batch, so
-    that nothing is ever padded.
+    that nothing is ever padded. A network for a range of ways needs outputs for the highest, ``self.hparams.ways[1]``.
 
     Classes, not images, are what the splits must not share. From one dataset the classes are split in a fixed random
     order that does not depend on ``seed``, so that a checkpoint is never tested on classes that it was trained on. The

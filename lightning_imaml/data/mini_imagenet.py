@@ -36,6 +36,7 @@ class MiniImageNetDataModule(EpisodicDataModule):
 
     64 classes are for training, 16 for validation and 20 for test, as ``[3, 84, 84]`` pictures with values in [0, 1].
     Pictures of another size are squeezed or stretched to 84×84 pixels with Lanczos' filter, as in MAML's preparation.
+    To normalise them, pass ``transform=torchvision.transforms.v2.Normalize(mini_imagenet.MEAN, mini_imagenet.STD)``.
 
     ``root`` has one of these layouts; ImageNet's terms do not allow to download it here:
 

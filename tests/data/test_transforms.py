@@ -187,3 +187,19 @@ def test_what_cannot_be_kept_as_bytes():
     sizes = iter(range(2, 100))
     with pytest.raises(ValueError, match=r"found \[3, 2, 2\] for item 0 and \[3, 2, 3\] for item 1. Add Resize"):
         module(Pictures(lambda image: image.resize((next(sizes), 2))), in_memory=True).setup()
+
+
+def test_a_module_s_own_hook_is_not_replaced(tmp_path):
+    class Own(Recorder):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch._replace(query_inputs=batch.query_inputs + 1)
+
+    recorder = Own()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = Trainer(
+        default_root_dir=tmp_path, max_steps=1, enable_model_summary=False, num_sanity_val_steps=0, **quiet
+    )
+    with pytest.warns(UserWarning, match="will use the implementation from `LightningModule`"):  # Lightning's own word
+        trainer.fit(recorder, datamodule=module())
+    plain = next(iter(module().train_dataloader()))
+    assert torch.equal(recorder.seen["train"][0].query_inputs, plain.query_inputs + 1)
