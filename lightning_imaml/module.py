@@ -52,7 +52,7 @@ class IMAMLModule(LightningModule):
         gradient_clip_val: clip the meta-gradient to this norm; the Trainer's own flag refuses manual optimization.
         accumulate_meta_batches: average the meta-gradients of this many batches for one step; likewise. What is left at
             the end of an epoch makes a smaller step, as in the Trainer's own accumulation.
-        chunk_size: the most tasks at once, which bounds memory; None takes all.
+        chunk_size: the most tasks at once, which bounds memory; None chooses it from the size of a task.
         compile: run training and evaluation through ``torch.compile``, see
             :func:`lightning_imaml.functional.meta_gradient`.
 

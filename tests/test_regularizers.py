@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from lightning_imaml.functional import meta_gradient
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.linear import Direct
-from lightning_imaml.meta_gradients import Implicit
-from lightning_imaml.regularizers import Proximal, Regularizer
+from lightning_imaml.meta_gradients import FirstOrder, Implicit, Reptile, Unrolled
+from lightning_imaml.regularizers import NoRegularizer, Proximal, Regularizer
 from lightning_imaml.tasks import FlatModel
 
 
@@ -42,6 +42,27 @@ def test_proximal_is_the_base_with_closed_forms():
     torch.testing.assert_close(ours.penalty(phi, theta, {}), base.penalty(phi, theta, {}))
     torch.testing.assert_close(ours.gradient(phi, theta, {}), base.gradient(phi, theta, {}).detach())
     torch.testing.assert_close(ours.product(v, phi, theta, {}), base.product(v, phi, theta, {}))
+
+
+@pytest.mark.parametrize("estimator", [Unrolled(), FirstOrder(), Reptile()])
+def test_without_a_regularizer_is_the_limit_of_a_vanishing_one(tanh_net, estimator):
+    settings = {"loss": F.mse_loss, "inner_solver": GradientDescent(0.1, 5), "estimator": estimator}
+    without = meta_gradient(tanh_net, regression_episode(), regularizer=NoRegularizer(), **settings)
+    vanishing = meta_gradient(tanh_net, regression_episode(), regularizer=Proximal(1e-12), **settings)
+    for name in without.grads:
+        torch.testing.assert_close(without.grads[name], vanishing.grads[name], rtol=1e-9, atol=1e-11)
+
+
+def test_no_regularizer_is_the_base_with_closed_forms():
+    phi, theta, v = torch.randn(3, 5).double(), torch.randn(5).double(), torch.randn(3, 5).double()
+    assert NoRegularizer().penalty(phi, theta, {}).tolist() == [0, 0, 0]
+    assert NoRegularizer().gradient(phi, theta, {}).eq(0).all()
+    assert NoRegularizer().product(v, phi, theta, {}).eq(0).all()
+
+
+def test_the_implicit_gradient_needs_a_regularizer(tanh_net):
+    with pytest.raises(ValueError, match=r"Implicit: the regularizer's gradient must depend .* found NoRegularizer"):
+        meta_gradient(tanh_net, regression_episode(), loss=F.mse_loss, regularizer=NoRegularizer())
 
 
 def test_a_penalty_without_curvature_has_none():
