@@ -26,6 +26,7 @@ class ImageFolderDataModule(EpisodicDataModule):
     - a folder or zip archive of ``<class>/…``, whose classes are split as ``class_split`` or ``split_file`` says;
     - a folder of ``train``, ``val`` and ``test``, or some of them, each a folder or ``.zip`` archive of ``<class>/…``.
 
+    One more folder around all classes, as most archives have, does not matter.
     tieredImageNet and CUB are read so, with the split file of the protocol that is to be followed (CUB has several).
     Images become ``[channels, image_size, image_size]`` with values in [0, 1]: what is not square loses its sides,
     greyscale becomes colour or the other way round, and transparency is dropped.
@@ -104,6 +105,9 @@ class ImageFolderDataModule(EpisodicDataModule):
 
     def _found(self, place: Path) -> Classes:
         classes = find_classes(place)
+        if len(classes) == 1:  # a folder around the classes, as in most archives of a folder
+            inside = find_classes(place, prefix=f"{next(iter(classes))}/")
+            classes = inside if len(inside) > 1 else classes
         if not any(classes.values()):
             raise ValueError(
                 f"root must have a folder of images for each class; found no image in a folder of {str(place)!r}. "

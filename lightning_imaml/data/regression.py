@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ class RegressionTasks(TaskSource):
     """
 
     def __init__(self, module: RegressionDataModule, split: str, shapes: ShapeSource, seed: int) -> None:
+        module = copy.copy(module)
+        module.trainer = None  # which loader workers that are spawned could not be sent
         self.draw, self.split, self.shapes, self.seed = module.draw, split, shapes, seed
 
     def shape(self, number: int) -> Shape:

@@ -103,6 +103,18 @@ def test_folders_of_splits(root):
         module(base).setup()
 
 
+def test_a_folder_around_the_classes_does_not_matter(root):
+    (root / "cat" / "004.png").unlink()
+    shutil.make_archive(str(root.parent / "packed"), "zip", root.parent, "animals")
+    first, second = (module(place, ways=3, small_classes="skip") for place in (root, root.parent / "packed.zip"))
+    for data in (first, second):
+        with pytest.warns(UserWarning, match="2 of the 8 train classes are left out"):
+            data.setup()
+    assert list(first._pools["train"].members) == list(second._pools["train"].members)
+    for one, other in zip(first.train_dataloader(), second.train_dataloader(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def test_a_split_file(root, tmp_path):
     """As tieredImageNet and CUB are read: a folder of all classes, and a file that splits them."""
     path = tmp_path / "split.csv"

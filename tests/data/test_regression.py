@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,6 +102,14 @@ def test_tasks_are_functions_of_seed_split_and_number(make):
     assert drawn() != drawn(seed=1)
     assert drawn()[0] != drawn("val", val_tasks=3)[0]
     assert drawn("test", test_tasks=6) == drawn("test", test_tasks=6)
+
+
+def test_tasks_can_be_sent_to_a_spawned_worker():
+    data = SinusoidDataModule(tasks_per_batch=2, val_tasks=2)
+    expected = next(iter(data.val_dataloader()))
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, unsendable=lambda: None)
+    episode = pickle.loads(pickle.dumps(data.val_dataloader().dataset))[0]
+    assert all(torch.equal(a, b) for a, b in zip(episode, expected, strict=True))
 
 
 def test_the_number_of_points_can_be_drawn():
