@@ -45,8 +45,9 @@ format: $(STAMP)  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: $(STAMP)  ## Compare with a plain loop over tasks
-	$(BIN)/python -m benchmarks.sequential
+benchmark: $(LEARN2LEARN)  ## Compare with other code on random images of Omniglot's size
+	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]'
+	$(BIN)/python -m benchmarks --workloads omniglot-5-1 omniglot-20-1
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

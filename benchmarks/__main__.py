@@ -1,0 +1,194 @@
+"""The package against other code on the same tasks: speed, agreement, and how much of the machine is used.
+
+Sides that compute the same gradient run in one process, in turns; the times are medians, the ratios those of medians.
+Implicit: a plain loop over tasks, TorchOpt and the package, eager and compiled. Unrolled (MAML): higher, learn2learn
+and the package. Before that all sides are compared in float64, so that nobody is fast by being wrong; for the implicit
+gradient with λ = 100, where every system is definite: TorchOpt's conjugate gradient goes on where others stop.
+
+    python -m benchmarks --omniglot PATH --mini-imagenet PATH    # without a path: random images of that size
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import importlib
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.workloads import WORKLOADS, Settings, Workload
+from lightning_imaml import Episode
+from lightning_imaml.functional import meta_gradient
+from lightning_imaml.inner import GradientDescent
+from lightning_imaml.linear import ConjugateGradient
+from lightning_imaml.meta_gradients import Estimator, Implicit, Unrolled
+from lightning_imaml.regularizers import NoRegularizer, Proximal, Regularizer
+
+Side = Callable[[nn.Module, Episode, Settings], dict[str, Tensor]]
+Row = dict[str, str | int | float]
+PEERS = {
+    "implicit": {"sequential loop": "sequential", "TorchOpt": "torchopt_imaml"},
+    "unrolled": {"higher": "higher_maml", "learn2learn": "learn2learn_maml"},
+}
+
+
+def package(gradient: str, chunk_size: int | None = None, compile: bool = False) -> Side:
+    """The package with the settings' solvers."""
+
+    def side(model: nn.Module, episode: Episode, settings: Settings) -> dict[str, Tensor]:
+        estimator: Estimator = Implicit(ConjugateGradient(settings.cg_steps)) if gradient == "implicit" else Unrolled()
+        regularizer: Regularizer = Proximal(settings.strength) if gradient == "implicit" else NoRegularizer()
+        return meta_gradient(
+            model,
+            episode,
+            inner_solver=GradientDescent(settings.lr, settings.steps),
+            estimator=estimator,
+            regularizer=regularizer,
+            chunk_size=chunk_size,
+            compile=compile,
+        ).grads
+
+    return side
+
+
+def sides(gradient: str) -> dict[str, Side]:
+    """All that compute one kind of gradient and are installed."""
+    found: dict[str, Side] = {}
+    for name, module in PEERS[gradient].items():
+        try:
+            found[name] = importlib.import_module(f"benchmarks.peers.{module}").meta_gradient
+        except ModuleNotFoundError as error:
+            print(f"without {name}: {error}; pip install '.[benchmarks]'")
+    return found | {"lightning_imaml": package(gradient), "compiled": package(gradient, compile=True)}
+
+
+def disagreement(workload: Workload, episode: Episode, gradient: str, sides: dict[str, Side]) -> dict[str, float]:
+    """‖g − g₀‖ / ‖g₀‖ in float64 on two tasks, with the first side's gradient as g₀."""
+    model = workload.network().double()
+    double = Episode(*(part[:2].double() if part.is_floating_point() else part[:2] for part in episode))
+    settings = workload.settings
+    if gradient == "implicit":
+        settings = dataclasses.replace(settings, strength=100.0, lr=0.005)
+    found = {
+        name: torch.cat([g.flatten() for g in side(model, double, settings).values()])
+        for name, side in sides.items()
+        if name != "compiled"
+    }
+    first = next(iter(found.values()))
+    return {name: float((g - first).norm() / first.norm()) for name, g in found.items()}
+
+
+def gemm_rate() -> float:
+    """This machine's rate of float32 matrix products, in floating-point operations a second: the best of some sizes."""
+    best = 0.0
+    for size in (512, 1024, 2048):
+        a = torch.rand(size, size)
+        for _ in range(8):
+            start = time.perf_counter()
+            a @ a
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def operations(workload: Workload, episode: Episode, gradient: str) -> float:
+    """Floating-point operations of one task's meta-gradient, counted."""
+    one = Episode(*(part[:1] for part in episode))
+    with FlopCounterMode(display=False) as counter:
+        package(gradient, chunk_size=1)(workload.network(), one, workload.settings)
+    return float(counter.get_total_flops())
+
+
+def measure(name: str, workload: Workload, episode: Episode, gradient: str, repeats: int) -> list[Row]:
+    """Compare and time all sides on one workload."""
+    contenders, model = sides(gradient), workload.network()
+    errors = disagreement(workload, episode, gradient, contenders)
+    for side in contenders.values():  # To warm up, and to compile.
+        side(model, episode, workload.settings)
+    rate = gemm_rate()
+    times: dict[str, list[float]] = {side: [] for side in contenders}
+    for _ in range(repeats):
+        for side, run in contenders.items():
+            start = time.perf_counter()
+            run(model, episode, workload.settings)
+            times[side].append(time.perf_counter() - start)
+    rate = max(rate, gemm_rate())
+    medians = {side: statistics.median(values) / workload.tasks for side, values in times.items()}
+    fastest_peer = min((medians[peer] for peer in PEERS[gradient] if peer in medians), default=float("nan"))
+    work = operations(workload, episode, gradient)
+    return [
+        {
+            "workload": name,
+            "gradient": gradient,
+            "side": side,
+            "ms_a_task": round(1e3 * median, 2),
+            "times_as_fast_as_fastest_peer": round(fastest_peer / median, 2),
+            "share_of_gemm_rate": round(work / median / rate, 3),
+            "gflop_a_task": round(work / 1e9, 3),
+            "gemm_gflops": round(rate / 1e9, 1),
+            "relative_difference_float64": errors.get(side, float("nan")),
+        }
+        for side, median in medians.items()
+    ]
+
+
+def draw(rows: list[Row]) -> Figure:
+    """A bar for each side of each workload."""
+    groups = list(dict.fromkeys((row["workload"], row["gradient"]) for row in rows))
+    figure = Figure(figsize=(4 * len(groups), 3.6), layout="constrained")
+    for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+        mine = [row for row in rows if (row["workload"], row["gradient"]) == group]
+        bars = axes.barh([row["side"] for row in mine], [row["ms_a_task"] for row in mine], color="C0")
+        axes.bar_label(bars, [f"{row['ms_a_task']:.3g} ms" for row in mine], padding=3)
+        axes.invert_yaxis()
+        axes.margins(x=0.25)
+        axes.set(title=f"{group[0]}, {group[1]}", xlabel="ms a task")
+    return figure
+
+
+def main(args: list[str] | None = None) -> list[Row]:
+    """Run the comparison, print it and save it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--omniglot", type=Path, help="the folder of Omniglot")
+    parser.add_argument("--mini-imagenet", type=Path, help="the folder of mini-ImageNet")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--gradients", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("results"))
+    options = parser.parse_args(args)
+    options.output.mkdir(parents=True, exist_ok=True)
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32; ms a task")
+    rows: list[Row] = []
+    for name in options.workloads:
+        workload = WORKLOADS[name]
+        root = getattr(options, workload.data.replace("-", "_"))
+        episode = workload.episode(root)
+        for gradient in options.gradients:
+            print(f"\n{name} ({'real' if root else 'random'} images, {workload.tasks} tasks), {gradient}")
+            for row in measure(name, workload, episode, gradient, options.repeats):
+                rows.append(row)
+                print(
+                    f"{row['side']:>17}: {row['ms_a_task']:8.1f} ms, {row['times_as_fast_as_fastest_peer']:5.2f} times "
+                    f"as fast as the fastest peer, {row['share_of_gemm_rate']:4.0%} of the GEMM rate, "
+                    f"differs by {row['relative_difference_float64']:.0e}",
+                    flush=True,
+                )
+            with (options.output / "benchmark.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+    draw(rows).savefig(options.output / "benchmark.png", dpi=120)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
