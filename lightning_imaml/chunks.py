@@ -15,7 +15,8 @@ from lightning_imaml.episodes import ordinary
 from lightning_imaml.tasks import FlatModel
 
 # What a processor's caches can hold of a chunk: with more, batching saves less than the traffic with memory costs.
-_CPU_BYTES = 16 * 2**20
+# Compiled code has fewer operations whose overhead a larger chunk would share out.
+_CPU_BYTES = {False: 16 * 2**20, True: 8 * 2**20}
 # On other devices memory is the limit: a share of all of it, so that the choice does not depend on what else runs.
 _DEVICE_SHARE = 0.25
 # The graphs of a Hessian product hold several times what one forward pass keeps.
@@ -36,7 +37,7 @@ def default_chunk_size(model: FlatModel, inputs: Any, tasks: int) -> int:
     if model.device.type == "cuda":
         most = int(torch.cuda.get_device_properties(model.device).total_memory * _DEVICE_SHARE) // (_GRAPHS * work)
     elif model.device.type == "cpu":
-        most = _CPU_BYTES // work
+        most = _CPU_BYTES[model.compile] // work
     else:
         most = tasks
     return even(tasks, most)
@@ -62,7 +63,7 @@ def _bytes_of_a_task(model: FlatModel, inputs: Any) -> int:
 
         def pack(tensor: Tensor) -> Tensor:
             kept[tensor.data_ptr()] = tensor.nbytes
-            return tensor
+            return tensor.detach()  # The tensor itself would refer to its own graph, which nothing would free then.
 
         # The random state stays, so that a resumed run, which measures again, goes on like one that was never stopped.
         devices = [model.device] if model.device.type == "cuda" else []
@@ -73,7 +74,7 @@ def _bytes_of_a_task(model: FlatModel, inputs: Any) -> int:
             saved_tensors_hooks(pack, lambda t: t),
         ):
             # Held, since what is freed gives its address to another.
-            outputs = model(model.initial().unsqueeze(0).requires_grad_(), ordinary(one))
+            outputs = model(model.initial().unsqueeze(0).requires_grad_(), model.cast(ordinary(one)))
         del outputs
         known[key] = sum(kept.values())
     return known[key]

@@ -2,15 +2,55 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib
+import inspect
+import re
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 # Importing the families registers their members, so that configurations can name them without their module.
 from lightning_imaml import callbacks, curvature, data, inner, linear, meta_gradients, models, regularizers  # noqa: F401
 from lightning_imaml.module import IMAMLModule
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser, whose errors end with the nearest valid name of what they do not know."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with the message and a proposal."""
+        super().error(message + self._proposal(message), ex)
+
+    def _proposal(self, message: str) -> str:
+        # What was not accepted, and among which names it should have been: jsonargparse says both in words.
+        if found := re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message):
+            unknown, valid = found[2], list(inspect.signature(_imported(found[1])).parameters)
+        elif found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+            unknown, valid = found[2], [name for name in dir(importlib.import_module(found[1])) if name[0] != "_"]
+        elif found := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
+            unknown, valid = found[1], self._options()
+        else:
+            return ""
+        nearest = difflib.get_close_matches(unknown, valid, n=1, cutoff=0.0)
+        return f"\nThe valid name nearest to {unknown!r} is {nearest[0]!r}." if nearest else ""
+
+    def _options(self) -> list[str]:
+        """The names of all options, of the subcommands too."""
+        names = []
+        for action in self._actions:
+            names += [option.removeprefix("--") for option in action.option_strings]
+            subcommands: dict[str, Any] = getattr(action, "_name_parser_map", None) or {}
+            for parser in subcommands.values():
+                names += parser._options()
+        return [name for name in names if not name.startswith(("-", "print_"))]
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def run(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
@@ -36,6 +76,9 @@ def run(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
         subclass_mode_data=True,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
+        parser_class=Parser,
+        # An option that is cut short is a typing error, too.
+        parser_kwargs={"allow_abbrev": False},
         # The module has its own optimizer and lr_scheduler: one way to set them.
         auto_configure_optimizers=False,
         args=args,

@@ -111,7 +111,7 @@ def _compiled(
     if known is None:
         leaves, structure = pytree.tree_flatten(batch.tensors())
         known = _known[batch] = _Known(leaves, structure, (batch.signature(), str(structure), _shapes(leaves)))
-    call = (name, _shapes(arguments), torch.is_grad_enabled())
+    call = (name, _shapes(arguments), torch.is_grad_enabled(), _autocast_dtype(arguments[0].device.type))
     try:
         hash((call, known.key))
     except TypeError as error:
@@ -246,6 +246,10 @@ def _cut(graph: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
 def _is_fused(node: fx.Node) -> bool:
     operation = node.target
     return isinstance(operation, torch._ops.OpOverload) and (operation.is_view or torch.Tag.pointwise in operation.tags)
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _shapes(tensors: Iterable[Tensor]) -> Hashable:

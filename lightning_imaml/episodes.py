@@ -54,6 +54,11 @@ class Episode(NamedTuple):
         starts = range(0, self.tasks, chunk_size)
         return [pytree.tree_map(lambda t, s=s: t[s : s + chunk_size], self) for s in starts]
 
+    def take(self, tasks: Tensor) -> Episode:
+        """The tasks with these indices, ``[T']``."""
+        part: Episode = pytree.tree_map(lambda t: t[tasks], self)
+        return part
+
     def validate(self) -> Episode:
         """Check that the four parts describe the same tasks.
 

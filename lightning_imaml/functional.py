@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from lightning_imaml import bad_tasks
 from lightning_imaml.chunks import default_chunk_size
 from lightning_imaml.episodes import Episode, ordinary
 from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import LinearSolution
 from lightning_imaml.meta_gradients import Estimator, Implicit
+from lightning_imaml.meta_gradients.base import Estimate
 from lightning_imaml.phases import INNER_LOOP, phase
 from lightning_imaml.regularizers import Proximal, Regularizer
 from lightning_imaml.tasks import FlatModel, InnerProblem, LossFunction, TaskLoss
@@ -50,6 +53,7 @@ class MetaGradient(NamedTuple):
         adapted: the adapted networks.
         linear: the outcome of the linear solve; None for estimators without one.
         query_outputs: the adapted networks' outputs on the query sets, ``[T, n, ...]``.
+        tasks: the indices in the episode of these T tasks; all of them, unless bad ones were left out.
     """
 
     loss: Tensor
@@ -57,6 +61,7 @@ class MetaGradient(NamedTuple):
     adapted: Adapted
     linear: LinearSolution | None
     query_outputs: Any
+    tasks: Tensor
 
 
 def adapt(
@@ -70,6 +75,7 @@ def adapt(
     strengths: Mapping[str, Tensor] | None = None,
     chunk_size: int | None = None,
     compile: bool = False,
+    full_precision: bool = True,
 ) -> Adapted:
     """Adapt a network to T tasks, each on its own support set.
 
@@ -87,21 +93,25 @@ def adapt(
         compile: run the inner loop and the linear solve through ``torch.compile``. Each new shape of batch takes about
             a minute to compile. Where that fails, one warning says why, and all runs as without. Pass the same loss
             object every time: another one is compiled anew.
+        full_precision: leave ``torch.autocast``, and solve in float32 where the network's parameters have fewer bits.
+            The results are float32 then, too. Otherwise everything runs in the precision that it finds.
 
     Raises:
         ValueError: an argument does not fit, see the message.
-        FloatingPointError: a task's adaptation is not finite; the message names the tasks.
+        FloatingPointError: a task's adaptation is not finite or explodes; the message names the tasks.
     """
     episode = Episode(support_inputs, support_targets, support_inputs, support_targets)
-    flat, parts = _prepare(model, episode, loss, loss, regularizer, strengths, chunk_size, compile)
+    flat, parts = _prepare(model, episode, loss, loss, regularizer, strengths, chunk_size, compile, full_precision)
     solutions, residuals = [], []
-    with _full_precision(flat):
-        for problem, _ in parts:
+    with _precision(flat, full_precision):
+        for problem, _ in parts(episode):
             with phase(INNER_LOOP):
                 solutions.append(inner_solver.solve(problem, problem.start()))
             residuals.append(problem.residual(solutions[-1].parameters))
         residual = torch.cat(residuals)
-        _require_finite("the inner loop's gradient norm", residual)
+        quantities = {"the inner loop's gradient norm": residual}
+        if bad_tasks.find(quantities).any():
+            raise FloatingPointError(bad_tasks.describe(quantities, torch.arange(len(residual), device=flat.device)))
         parameters = flat.unflatten(torch.cat([s.parameters for s in solutions]))
     return Adapted(parameters, torch.cat([s.steps for s in solutions]), residual, residual <= inner_solver.tol)
 
@@ -116,11 +126,12 @@ def predict(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any, *, 
         chunk_size: the most tasks at once; None chooses it from the size of a task.
 
     Returns:
-        ``[T, n, ...]``.
+        ``[T, n, ...]``, computed in the dtype of ``parameters``.
     """
     _check_chunk_size(chunk_size)
-    flat = FlatModel(model)
+    flat = FlatModel(model, dtype=next(iter(parameters.values())).dtype)
     rows = flat.flatten(parameters)
+    inputs = flat.cast(inputs)
     size = chunk_size or default_chunk_size(flat, inputs, rows.shape[0])
     pieces = [
         flat(rows[k : k + size], pytree.tree_map(lambda t, k=k: t[k : k + size], inputs))
@@ -156,7 +167,9 @@ def evaluate(
     """
     with torch.no_grad():
         outputs = predict(model, parameters, inputs, chunk_size=chunk_size)
-        task_loss = TaskLoss(FlatModel(model), loss, inputs, targets, _classes("targets", targets, loss))
+        flat = FlatModel(model, dtype=next(iter(parameters.values())).dtype)
+        targets = flat.cast(targets)
+        task_loss = TaskLoss(flat, loss, inputs, targets, _classes("targets", targets, loss))
         return task_loss.of(task_loss.check(outputs)), outputs
 
 
@@ -172,6 +185,8 @@ def meta_gradient(
     strengths: Mapping[str, Tensor] | None = None,
     chunk_size: int | None = None,
     compile: bool = False,
+    full_precision: bool = True,
+    on_bad_task: Literal["raise", "skip"] = "raise",
 ) -> MetaGradient:
     """The gradient of F(θ, λ) = (1/T) Σ_i Q_i(φ_i) for a batch of tasks.
 
@@ -189,39 +204,67 @@ def meta_gradient(
         compile: run the inner loop and the linear solve through ``torch.compile``. Each new shape of batch takes about
             a minute to compile. Where that fails, one warning says why, and all runs as without. Pass the same loss
             object every time: another one is compiled anew.
+        full_precision: leave ``torch.autocast``, and solve in float32 where the network's parameters have fewer bits.
+            The results are float32 then, too. Otherwise everything runs in the precision that it finds.
+        on_bad_task: what to do with a task whose loss, residual or gradient is NaN, infinite or larger than the square
+            root of the dtype's largest number: raise an error, or skip it, which takes the mean over the others. Then a
+            warning names it, the batch is computed again without it, and ``result.tasks`` holds the tasks that are
+            left; if none is left, the gradient is zero.
 
     Raises:
         ValueError: an argument does not fit, see the message.
-        FloatingPointError: a loss, a residual or the meta-gradient is not finite; the message names the tasks.
+        FloatingPointError: a task is bad, see ``on_bad_task``; the message names it.
     """
-    flat, parts = _prepare(model, episode, loss, outer_loss or loss, regularizer, strengths, chunk_size, compile)
-    with _full_precision(flat):
-        estimates = [estimator.estimate(problem, query, inner_solver) for problem, query in parts]
-        losses = torch.cat([e.loss for e in estimates])
-        residual = torch.cat([e.residual for e in estimates])
-        gradient = torch.stack([e.initial for e in estimates]).sum(dim=0) / losses.shape[0]
-        grads = flat.unflatten(gradient)
-        for name in estimates[0].strengths:
-            total = torch.stack([e.strengths[name] for e in estimates]).sum(dim=0)
-            grads[f"regularizer.{name}"] = total / losses.shape[0]
-        linear = _join([e.linear for e in estimates if e.linear is not None])
-        _require_finite("the inner loop's gradient norm", residual)
-        _require_finite("the outer loss", losses)
-        if linear is not None:
-            _require_finite("the linear solve's residual", linear.residual)
-        if not torch.stack([g.isfinite().all() for g in grads.values()]).all():
-            raise FloatingPointError(
-                "the meta-gradient must be finite; found NaN or infinity in it although every loss is finite. "
-                "Lower the inner learning rate, or use a stronger regulariser."
-            )
-    adapted = Adapted(
-        flat.unflatten(torch.cat([e.inner.parameters.detach() for e in estimates])),
-        torch.cat([e.inner.steps for e in estimates]),
-        residual,
-        residual <= inner_solver.tol,
+    if on_bad_task not in ("raise", "skip"):
+        raise ValueError(f"on_bad_task must be 'raise' or 'skip'; found {on_bad_task!r}.")
+    flat, parts = _prepare(
+        model, episode, loss, outer_loss or loss, regularizer, strengths, chunk_size, compile, full_precision
     )
-    outputs = pytree.tree_map(lambda *leaves: torch.cat(leaves), *[e.outputs for e in estimates])
-    return MetaGradient(losses, grads, adapted, linear, outputs)
+
+    def solve(tasks: Tensor) -> MetaGradient:
+        part = episode if len(tasks) == episode.tasks else episode.take(tasks)
+        estimates = [estimator.estimate(problem, query, inner_solver) for problem, query in parts(part)]
+        return _join(flat, estimates, inner_solver.tol, tasks)
+
+    with _precision(flat, full_precision):
+        tasks = torch.arange(episode.tasks, device=flat.device)
+        while True:
+            result = solve(tasks)
+            quantities = _quantities(result)
+            bad = bad_tasks.find(quantities)
+            if not bad.any() and not _sound_gradient(result):
+                # Every number of each task looked well: whose share of the gradient is it?
+                shares = [0.0 if _sound_gradient(solve(task[None])) else torch.nan for task in tasks]
+                quantities = {"the meta-gradient": result.loss.new_tensor(shares)}
+                bad = bad_tasks.find(quantities)
+                bad |= ~bad.any()  # Only their sum is too large.
+                quantities["the meta-gradient"].masked_fill_(bad, torch.nan)
+            if not bad.any():
+                return result
+            message = bad_tasks.describe(quantities, tasks)
+            if on_bad_task == "raise":
+                raise FloatingPointError(message)
+            warnings.warn(f"{message} They are left out of the meta-gradient.", stacklevel=2)
+            if bad.all():
+                return _nothing_of(result)
+            tasks = tasks[~bad]
+
+
+def _quantities(result: MetaGradient) -> dict[str, Tensor]:
+    """The numbers that a task is judged by, ``[T]`` each."""
+    found = {"the inner loop's gradient norm": result.adapted.residual, "the outer loss": result.loss}
+    return found if result.linear is None else found | {"the linear solve's residual": result.linear.residual}
+
+
+def _sound_gradient(result: MetaGradient) -> bool:
+    return bool(torch.stack([bad_tasks.sound(g).all() for g in result.grads.values()]).all())
+
+
+def _nothing_of(result: MetaGradient) -> MetaGradient:
+    """The meta-gradient of no tasks: zero."""
+    grads = {name: torch.zeros_like(gradient) for name, gradient in result.grads.items()}
+    empty: MetaGradient = pytree.tree_map_only(Tensor, lambda t: t[:0], result)
+    return empty._replace(grads=grads)
 
 
 def _prepare(
@@ -233,10 +276,13 @@ def _prepare(
     strengths: Mapping[str, Tensor] | None,
     chunk_size: int | None,
     compile: bool,
-) -> tuple[FlatModel, Iterator[tuple[InnerProblem, TaskLoss]]]:
-    """Check everything once, and cut the episode into chunks of tasks."""
+    full_precision: bool,
+) -> tuple[FlatModel, Callable[[Episode], Iterator[tuple[InnerProblem, TaskLoss]]]]:
+    """Check everything once; what is returned with the network cuts an episode into chunks of tasks."""
     _check_chunk_size(chunk_size)
     flat = FlatModel(model, compile)
+    if full_precision and flat.dtype.itemsize < torch.float32.itemsize:
+        flat = FlatModel(model, compile, torch.float32)
     episode.validate()
     for name in ("support_inputs", "query_inputs"):
         for leaf in pytree.tree_leaves(getattr(episode, name)):
@@ -245,25 +291,25 @@ def _prepare(
                     f"{name} must be on the backbone's device {flat.device}; found {leaf.device}. Move one of them "
                     "with .to(device)."
                 )
-            if leaf.is_floating_point() and leaf.dtype != flat.dtype:
+            if leaf.is_floating_point() and leaf.dtype != flat.stored_dtype:
                 raise ValueError(
-                    f"{name} must have the backbone's dtype {flat.dtype}; found {leaf.dtype}. "
-                    f"Convert the episode with .to({flat.dtype}), or the backbone with .to({leaf.dtype})."
+                    f"{name} must have the backbone's dtype {flat.stored_dtype}; found {leaf.dtype}. "
+                    f"Convert the episode with .to({flat.stored_dtype}), or the backbone with .to({leaf.dtype})."
                 )
     support_classes = _classes("support_targets", episode.support_targets, loss)
     query_classes = _classes("query_targets", episode.query_targets, outer_loss)
 
-    def chunks() -> Iterator[tuple[InnerProblem, TaskLoss]]:
+    def chunks(episode: Episode) -> Iterator[tuple[InnerProblem, TaskLoss]]:
         # Made when the solves begin, outside inference mode.
-        values = regularizer.init(flat) if strengths is None else dict(strengths)
+        values = regularizer.init(flat) if strengths is None else flat.cast(dict(strengths))
         initial = flat.initial()
         for part in episode.split(chunk_size or default_chunk_size(flat, episode.support_inputs, episode.tasks)):
-            tasks = Episode(*ordinary(tuple(part)))
+            tasks = Episode(*flat.cast(ordinary(tuple(part))))
             support = TaskLoss(flat, loss, tasks.support_inputs, tasks.support_targets, support_classes)
             query = TaskLoss(flat, outer_loss, tasks.query_inputs, tasks.query_targets, query_classes)
             yield InnerProblem(support, regularizer, initial, values), query
 
-    return flat, chunks()
+    return flat, chunks
 
 
 def _classes(name: str, targets: Any, loss: LossFunction) -> int | None:
@@ -288,21 +334,33 @@ def _check_chunk_size(chunk_size: int | None) -> None:
 
 
 @contextmanager
-def _full_precision(flat: FlatModel) -> Iterator[None]:
-    """Leave inference mode and autocast: solves differentiate, and a bf16 Hessian product is wrong by 5e-3."""
-    with torch.inference_mode(False), torch.autocast(flat.device.type, enabled=False):
-        yield
+def _precision(flat: FlatModel, full: bool) -> Iterator[None]:
+    """Leave inference mode, which cannot differentiate, and autocast: a bf16 Hessian product is wrong by 5e-3."""
+    default = torch.get_default_dtype()
+    with torch.inference_mode(False), torch.autocast(flat.device.type, enabled=False) if full else nullcontext():
+        if flat.dtype != flat.stored_dtype:  # What the network makes anew must fit, too.
+            torch.set_default_dtype(flat.dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
 
 
-def _require_finite(what: str, values: Tensor) -> None:
-    finite = values.isfinite()
-    if not finite.all():
-        bad = (~finite).nonzero().flatten().tolist()
-        raise FloatingPointError(
-            f"{what} must be finite; found {values[~finite].tolist()} for tasks {bad} of the batch. Check these tasks' "
-            "inputs and the loss for NaN, lower the inner learning rate, or use a stronger regulariser."
-        )
-
-
-def _join(solutions: list[LinearSolution]) -> LinearSolution | None:
-    return LinearSolution(*map(torch.cat, zip(*solutions, strict=True))) if solutions else None
+def _join(flat: FlatModel, estimates: list[Estimate], tol: float, tasks: Tensor) -> MetaGradient:
+    """Put the chunks together: means over all tasks."""
+    losses = torch.cat([e.loss for e in estimates])
+    residual = torch.cat([e.residual for e in estimates])
+    grads = flat.unflatten(torch.stack([e.initial for e in estimates]).sum(dim=0) / losses.shape[0])
+    for name in estimates[0].strengths:
+        total = torch.stack([e.strengths[name] for e in estimates]).sum(dim=0)
+        grads[f"regularizer.{name}"] = total / losses.shape[0]
+    adapted = Adapted(
+        flat.unflatten(torch.cat([e.inner.parameters.detach() for e in estimates])),
+        torch.cat([e.inner.steps for e in estimates]),
+        residual,
+        residual <= tol,
+    )
+    solved = [e.linear for e in estimates if e.linear is not None]
+    linear = LinearSolution(*map(torch.cat, zip(*solved, strict=True))) if solved else None
+    outputs = pytree.tree_map(lambda *leaves: torch.cat(leaves), *[e.outputs for e in estimates])
+    return MetaGradient(losses, grads, adapted, linear, outputs, tasks)

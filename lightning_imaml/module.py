@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -23,15 +22,17 @@ from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.meta_gradients import Estimator, Implicit
 from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, is_classification
+from lightning_imaml.outer_step import OuterStep, surrogate, training_values
 from lightning_imaml.phases import META_STEP, phase
 from lightning_imaml.regularizers import Proximal, Regularizer
+from lightning_imaml.task_mean import TaskMean
 from lightning_imaml.tasks import FlatModel
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 
 
-class IMAMLModule(LightningModule):
+class IMAMLModule(OuterStep):
     """Meta-learns an initialisation that adapts to a task in a few steps (`iMAML <https://arxiv.org/abs/1909.04630>`_).
 
     Batches are :class:`~lightning_imaml.Episode`. Training adapts to each task's support set, and moves the
@@ -49,12 +50,20 @@ class IMAMLModule(LightningModule):
             frequency, override :meth:`configure_optimizers`.
         lr_scheduler_monitor: the logged quantity that ReduceLROnPlateau watches, by epoch. It is given here because
             Lightning drops a scheduler's own ``monitor`` in manual optimization.
-        gradient_clip_val: clip the meta-gradient to this norm; the Trainer's own flag refuses manual optimization.
+        regularizer_lr: the learning rate of the learned strengths; None for that of the network.
+        gradient_clip_val: clip the meta-gradient to this; the Trainer's own flag refuses manual optimization.
+        gradient_clip_algorithm: clip by the "norm" of the whole gradient, or every entry by its "value".
         accumulate_meta_batches: average the meta-gradients of this many batches for one step; likewise. What is left at
             the end of an epoch makes a smaller step, as in the Trainer's own accumulation.
         chunk_size: the most tasks at once, which bounds memory; None chooses it from the size of a task.
         compile: run training and evaluation through ``torch.compile``, see
             :func:`lightning_imaml.functional.meta_gradient`.
+        solve_precision: what the inner loop, the linear solve and the meta-gradient compute in: "full", float32 or more
+            whatever the Trainer's ``precision``, on a float32 copy where the parameters have fewer bits; or "trainer",
+            the Trainer's own.
+        on_bad_task: what to do with a training task that is NaN or explodes: "raise" an error on all ranks, or "skip"
+            it, with a warning that names it; see :func:`lightning_imaml.functional.meta_gradient`. A step that is left
+            without tasks is not taken. Evaluation always raises: results without their worst tasks would flatter.
 
     Override :meth:`configure_backbone`, :meth:`inner_loss`, :meth:`outer_loss`, :meth:`configure_metrics` or
     :meth:`configure_optimizers` to change one thing.
@@ -70,10 +79,14 @@ class IMAMLModule(LightningModule):
         optimizer: OptimizerFactory = torch.optim.Adam,
         lr_scheduler: SchedulerFactory | None = None,
         lr_scheduler_monitor: str | None = None,
+        regularizer_lr: float | None = None,
         gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: Literal["norm", "value"] = "norm",
         accumulate_meta_batches: int = 1,
         chunk_size: int | None = None,
         compile: bool = False,
+        solve_precision: Literal["full", "trainer"] = "full",
+        on_bad_task: Literal["raise", "skip"] = "raise",
     ) -> None:
         super().__init__()
         for name, value in (("accumulate_meta_batches", accumulate_meta_batches), ("chunk_size", chunk_size)):
@@ -81,6 +94,13 @@ class IMAMLModule(LightningModule):
                 raise ValueError(f"{name} must be at least 1; found {value}. Leave it out for the default.")
         if gradient_clip_val is not None and gradient_clip_val <= 0:
             raise ValueError(f"gradient_clip_val must be positive or None for no clipping; found {gradient_clip_val}.")
+        for name, choice, choices in (
+            ("gradient_clip_algorithm", gradient_clip_algorithm, ("norm", "value")),
+            ("solve_precision", solve_precision, ("full", "trainer")),
+            ("on_bad_task", on_bad_task, ("raise", "skip")),
+        ):
+            if choice not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; found {choice!r}.")
         # From a script, networks, losses and optimizers are code: pass them again to load_from_checkpoint. From
         # LightningCLI all arguments are plain configuration, and its test and predict need them in the checkpoint.
         code = [] if _given_hyperparameters.get() else ["backbone", "loss", "optimizer", "lr_scheduler"]
@@ -93,16 +113,22 @@ class IMAMLModule(LightningModule):
         self.optimizer_factory = optimizer
         self.scheduler_factory = lr_scheduler
         self.lr_scheduler_monitor = lr_scheduler_monitor
+        self.regularizer_lr = regularizer_lr
         self.gradient_clip_val = gradient_clip_val
+        self.gradient_clip_algorithm = gradient_clip_algorithm
         self.accumulate_meta_batches = accumulate_meta_batches
         self.chunk_size = chunk_size
         # Not ``compile``: that is nn.Module's method.
         self.compile_solves = compile
+        self.solve_precision = solve_precision
+        self.on_bad_task = on_bad_task
         self.strengths = nn.ParameterDict()
         for stage in ("val", "test"):
             metrics = self.configure_metrics()
             setattr(self, f"{stage}_before", metrics.clone(prefix=f"{stage}/", postfix="_before"))
             setattr(self, f"{stage}_after", metrics.clone(prefix=f"{stage}/"))
+            for name in ("loss", "inner_residual"):
+                setattr(self, f"{stage}_{name}", TaskMean())
         self._warned_indefinite = False
         self._of_data: dict[str, Any] = {}
         if backbone is not None:
@@ -122,7 +148,12 @@ class IMAMLModule(LightningModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Take over the data module's ``ways`` and ``shots`` as hyper-parameters, for :meth:`configure_backbone`."""
+        """Take over the data module's ``ways`` and ``shots`` as hyper-parameters, for :meth:`configure_backbone`.
+
+        Raises:
+            ValueError: the strategy shards the parameters.
+        """
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         known = {} if data is None else data.hparams
         self._take_over({name: known[name] for name in ("ways", "shots") if name in known})
@@ -137,6 +168,7 @@ class IMAMLModule(LightningModule):
         # load_from_checkpoint calls this, too, before on_load_checkpoint knows ways and shots.
         if self._trainer is not None:
             self._build()
+            super().configure_model()
 
     def _build(self) -> None:
         if not hasattr(self, "backbone"):
@@ -147,6 +179,8 @@ class IMAMLModule(LightningModule):
         for name in self._of_data:
             checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).pop(name, None)
         checkpoint["lightning_imaml"] = {"loss": _qualified_name(self.loss), "data": dict(self._of_data)}
+        if self._trainer is not None:
+            checkpoint["lightning_imaml"]["outer_step"] = self.outer_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the network before its weights arrive; refuse to replace another loss by the default in silence."""
@@ -158,6 +192,8 @@ class IMAMLModule(LightningModule):
             )
         self._take_over(noted.get("data", {}))
         self._build()
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            self.resumed_state = noted.get("outer_step")
 
     def _attach(self, backbone: nn.Module) -> None:
         self.backbone = backbone
@@ -167,7 +203,13 @@ class IMAMLModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The outer optimizer over the network and the learned strengths, and its scheduler."""
-        optimizer = self.optimizer_factory(p for p in self.parameters() if p.requires_grad)
+        strengths = list(self.strengths.parameters())
+        parameters: list[Any] = [p for p in self.parameters() if p.requires_grad]
+        if strengths and self.regularizer_lr is not None:
+            network = [p for p in parameters if all(p is not strength for strength in strengths)]
+            learned = {"params": strengths, "lr": self.regularizer_lr, "name": "regularizer"}
+            parameters = [{"params": network, "name": "backbone"}, learned]
+        optimizer = self.optimizer_factory(parameters)
         if self.scheduler_factory is None:
             return optimizer
         scheduler = self.scheduler_factory(optimizer)
@@ -195,7 +237,7 @@ class IMAMLModule(LightningModule):
         """The network at its initialisation, unadapted: inputs ``[n, ...]`` to outputs ``[n, ...]``."""
         return self.backbone(inputs)
 
-    def adapt(self, support_inputs: Any, support_targets: Any) -> Adapted:
+    def adapt(self, support_inputs: Any, support_targets: Any, *, inner_solver: InnerSolver | None = None) -> Adapted:
         """Adapt to new tasks, ``[T, n, ...]`` each; see :func:`lightning_imaml.functional.adapt`."""
         self._build()
         return functional.adapt(
@@ -203,15 +245,21 @@ class IMAMLModule(LightningModule):
             support_inputs,
             support_targets,
             loss=self._loss("inner_loss"),
-            inner_solver=self.inner_solver,
+            inner_solver=inner_solver or self.inner_solver,
             regularizer=self.regularizer,
             strengths=dict(self.strengths),
             chunk_size=self.chunk_size,
             compile=self.compile_solves,
+            full_precision=self.solve_precision == "full",
         )
 
     def meta_gradient(
-        self, episode: Episode, *, inner_solver: InnerSolver | None = None, estimator: Estimator | None = None
+        self,
+        episode: Episode,
+        *,
+        inner_solver: InnerSolver | None = None,
+        estimator: Estimator | None = None,
+        on_bad_task: Literal["raise", "skip"] = "raise",
     ) -> MetaGradient:
         """The meta-gradient of a batch of tasks, with the module's settings where no others are given."""
         self._build()
@@ -226,6 +274,8 @@ class IMAMLModule(LightningModule):
             strengths=dict(self.strengths),
             chunk_size=self.chunk_size,
             compile=self.compile_solves,
+            full_precision=self.solve_precision == "full",
+            on_bad_task=on_bad_task,
         )
 
     def _loss(self, name: str) -> Callable[[Any, Any], Tensor]:
@@ -235,12 +285,13 @@ class IMAMLModule(LightningModule):
 
     # Training
 
-    def training_step(self, batch: Episode, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Episode, batch_idx: int) -> Tensor | None:
         """One meta-gradient, and an outer step when enough batches have been accumulated.
 
         Returns:
-            The mean query loss of the batch's adapted networks.
+            The mean query loss of the batch's adapted networks, over all ranks; None if no task was left.
         """
+        self.resume_outer_state()
         batch = Episode.of(batch)
         due = (batch_idx + 1) % self.accumulate_meta_batches == 0 or self.trainer.is_last_batch
         # The batches of which Lightning writes a row; reading values for the others would only wait for the device.
@@ -248,91 +299,35 @@ class IMAMLModule(LightningModule):
         logged = (self.trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
         before = self._predict_initial(batch) if logged else None  # Before the step changes the initialisation.
         with phase(META_STEP):
-            result = self.meta_gradient(batch)
-            self._accumulate(result, sync=due)
-            if due:
-                self._outer_step()
-        self._log_training(batch, result, before)
-        return result.loss.mean()
+            result, error = None, None
+            try:
+                with self.random_stream():
+                    result = self.meta_gradient(batch, on_bad_task=self.on_bad_task)
+            except FloatingPointError as found:
+                error = found
+            counts = self.agree(0 if result is None else len(result.tasks), error)
+            assert result is not None
+            parameters = {name: p for name, p in self.backbone.named_parameters() if p.requires_grad}
+            parameters |= {f"regularizer.{name}": p for name, p in self.strengths.items()}
+            self.accumulate(surrogate(result, parameters), len(result.tasks), counts, due)
+        return self._log_training(batch, result, before, counts)
 
-    def _accumulate(self, result: MetaGradient, sync: bool) -> None:
-        """Add the meta-gradient to ``.grad`` by a backward pass.
-
-        A ``.grad`` written by hand would miss the all-reduce of DistributedDataParallel and the loss scale of 16-bit
-        training; the surrogate has the outer loss as its value and the meta-gradient as its gradient.
-        """
-        parameters = {name: p for name, p in self.backbone.named_parameters() if p.requires_grad}
-        parameters |= {f"regularizer.{name}": p for name, p in self.strengths.items()}
-        inner = torch.stack([(result.grads[name].detach() * p).sum() for name, p in parameters.items()]).sum()
-        surrogate = (result.loss.mean() + inner - inner.detach()) / self.accumulate_meta_batches
-        block = getattr(self.trainer.strategy, "block_backward_sync", None)
-        if sync or block is None:
-            self.manual_backward(surrogate)
-        else:
-            with block():
-                self.manual_backward(surrogate)
-
-    def _outer_step(self) -> None:
-        optimizer = self.optimizers()
-        if isinstance(optimizer, list):
-            raise ValueError(
-                f"configure_optimizers must return one optimizer; found {len(optimizer)}. Give its parameter groups "
-                "their own learning rates instead."
+    def _log_training(self, batch: Episode, result: MetaGradient, before: Any, counts: list[int]) -> Tensor | None:
+        values = training_values(result, batch.query_targets, before)
+        values = self.mean_over_ranks(values, len(result.tasks), counts)
+        if not sum(counts):
+            return None
+        indefinite = values.get("train/indefinite")
+        if indefinite is not None and before is not None and not self._warned_indefinite and indefinite > 0.5:
+            self._warned_indefinite = True
+            rank_zero_warn(
+                f"the linear system is indefinite for {indefinite:.0%} of this batch's tasks, so the meta-gradient "
+                "is far from exact. Use Implicit(..., curvature=GaussNewton()), a stronger regulariser or damping."
             )
-        optimizer.step()
-        optimizer.zero_grad()
-        self._step_schedulers("step", self.trainer.global_step)
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip the meta-gradient, here where a GradScaler has unscaled it."""
-        if self.gradient_clip_val is not None:
-            self.clip_gradients(optimizer, self.gradient_clip_val, "norm")
-
-    def on_validation_model_zero_grad(self) -> None:
-        """Keep what is accumulated: the Trainer, whose own accumulation is off, would clear it."""
-
-    def on_train_epoch_end(self) -> None:
-        """Step the schedulers that go by epochs, which manual optimization leaves to the module."""
-        self._step_schedulers("epoch", self.current_epoch + 1)
-
-    def _step_schedulers(self, interval: str, count: int) -> None:
-        for config in self.trainer.lr_scheduler_configs:
-            if config.interval != interval or count % config.frequency:
-                continue
-            if not isinstance(config.scheduler, ReduceLROnPlateau):
-                config.scheduler.step()
-                continue
-            value = self.trainer.callback_metrics.get(str(self.lr_scheduler_monitor))
-            if value is None:
-                raise ValueError(
-                    f"lr_scheduler_monitor must be a logged quantity for ReduceLROnPlateau; found "
-                    f"{self.lr_scheduler_monitor!r}. Logged are {sorted(self.trainer.callback_metrics)}: choose one."
-                )
-            config.scheduler.step(value)
-
-    def _log_training(self, batch: Episode, result: MetaGradient, before: Any) -> None:
-        values = {
-            "train/outer_loss": result.loss.mean(),
-            "train/inner_residual": result.adapted.residual.mean(),
-        }
-        if is_classification(result.query_outputs, batch.query_targets):
-            values["train/accuracy"] = _accuracy(result.query_outputs, batch.query_targets)
-            if before is not None:
-                values["train/accuracy_before"] = _accuracy(before, batch.query_targets)
-        if result.linear is not None:
-            indefinite = result.linear.indefinite.float().mean()
-            values["train/linear_residual"] = result.linear.residual.mean()
-            values["train/linear_steps"] = result.linear.steps.float().mean()
-            values["train/indefinite"] = indefinite
-            if before is not None and not self._warned_indefinite and indefinite > 0.5:
-                self._warned_indefinite = True
-                rank_zero_warn(
-                    f"the linear system is indefinite for {indefinite:.0%} of this batch's tasks, so the meta-gradient "
-                    "is far from exact. Use Implicit(..., curvature=GaussNewton()), a stronger regulariser or damping."
-                )
         bar = ("train/outer_loss", "train/accuracy")
         for name, value in values.items():
-            self.log(name, value, prog_bar=name in bar, batch_size=batch.tasks)
+            self.log(name, value, prog_bar=name in bar, batch_size=sum(counts))
+        return values["train/outer_loss"]
 
     def _predict_initial(self, batch: Episode) -> Any:
         """The unadapted network on every task's query set, ``[T, n, ...]``."""
@@ -369,8 +364,10 @@ class IMAMLModule(LightningModule):
             loss=self._loss("outer_loss"),
             chunk_size=self.chunk_size,
         )
-        self.log(f"{stage}/loss", loss.mean(), batch_size=batch.tasks, sync_dist=True)
-        self.log(f"{stage}/inner_residual", adapted.residual.mean(), batch_size=batch.tasks, sync_dist=True)
+        for name, values in (("loss", loss), ("inner_residual", adapted.residual)):
+            mean: TaskMean = getattr(self, f"{stage}_{name}")
+            mean.update(values)
+            self.log(f"{stage}/{name}", mean, batch_size=batch.tasks)
         default = type(self).configure_metrics is IMAMLModule.configure_metrics
         if default and not is_classification(outputs, batch.query_targets):
             return
@@ -383,7 +380,3 @@ class IMAMLModule(LightningModule):
 def _qualified_name(loss: object) -> str:
     named = loss if hasattr(loss, "__qualname__") else type(loss)
     return f"{named.__module__}.{named.__qualname__}"
-
-
-def _accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
-    return (outputs.argmax(dim=-1) == targets).float().mean()

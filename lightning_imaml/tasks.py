@@ -38,13 +38,14 @@ class FlatModel:
         module: any module that maps inputs ``[n, ...]`` to outputs ``[n, ...]``.
         compile: compile functions of it, see :mod:`lightning_imaml.compilation`. Rows then hold the weights of
             convolutions with the channels innermost, as compiled convolutions read them.
+        dtype: the dtype of the rows, in which the network then computes; None for that of its parameters.
 
     Raises:
         ValueError: nothing in the module is trainable, its trainable parameters differ in dtype or device, or it would
             update BatchNorm running statistics, which tasks must not share.
     """
 
-    def __init__(self, module: nn.Module, compile: bool = False) -> None:
+    def __init__(self, module: nn.Module, compile: bool = False, dtype: torch.dtype | None = None) -> None:
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError(
@@ -70,12 +71,13 @@ class FlatModel:
         self.names = list(trainable)
         self.shapes = [self._stored(p).shape for p in trainable.values()]
         self.sizes = [p.numel() for p in trainable.values()]
-        self.dtype, self.device = next(iter(kinds))
+        self.stored_dtype, self.device = next(iter(kinds))
+        self.dtype = dtype or self.stored_dtype
 
     def initial(self) -> Tensor:
         """The module's own parameters as one row ``[D]``, detached."""
         parameters = dict(self.module.named_parameters())
-        return torch.cat([self._stored(parameters[name].detach()).reshape(-1) for name in self.names])
+        return torch.cat([self._stored(parameters[name].detach()).reshape(-1) for name in self.names]).to(self.dtype)
 
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
         """Cut ``[..., D]`` into named tensors ``[..., *shape]``."""
@@ -96,7 +98,14 @@ class FlatModel:
     def state(self) -> dict[str, Tensor]:
         """What the network has besides its trainable parameters: the frozen ones and its buffers."""
         named = dict(self.module.named_buffers()) | dict(self.module.named_parameters())
-        return {name: tensor.detach() for name, tensor in named.items() if name not in self.names}
+        state: dict[str, Tensor] = self.cast({name: t.detach() for name, t in named.items() if name not in self.names})
+        return state
+
+    def cast(self, tree: Any) -> Any:
+        """Bring floating tensors to the dtype of the rows, where it is not that of the module's parameters."""
+        if self.dtype == self.stored_dtype:
+            return tree
+        return pytree.tree_map_only(Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t, tree)
 
     def signature(self) -> Hashable:
         """What a function of the network may depend on besides tensors."""
@@ -113,6 +122,8 @@ class FlatModel:
         Returns:
             ``[T, n, ...]``.
         """
+        if state is None and self.dtype != self.stored_dtype:
+            state = self.state()
 
         def call(named: dict[str, Tensor], inputs: Any) -> Any:
             return functional_call(self.module, {**named, **(state or {})}, (inputs,))

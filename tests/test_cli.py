@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lightning_imaml import IMAMLModule, cli
@@ -134,8 +136,83 @@ def test_every_data_module_takes_its_options_and_the_common_ones(name, capsys):
     assert "train" not in printed  # its own data is the only one
 
 
-def test_an_unknown_option_is_refused(capsys):
+@pytest.mark.parametrize(
+    ("options", "unknown", "nearest"),
+    [
+        (["--model.inner_solver.init_args.stepz", "3"], "stepz", "steps"),
+        (["--model.init_args.gradient_clip_value", "3"], "gradient_clip_value", "gradient_clip_val"),
+        (["--model.inner_solver.class_path", "lightning_imaml.inner.GradientDescnt"], "GradientDescnt",
+         "GradientDescent"),
+        (["--data.init_args.querys", "3"], "querys", "queries"),
+        (["--trainer.max_epoch", "3"], "trainer.max_epoch", "trainer.max_epochs"),
+        (["--ckpt_paht", "x"], "ckpt_paht", "ckpt_path"),
+    ],
+)  # fmt: skip
+def test_an_unknown_option_is_refused_with_the_nearest_valid_name(options, unknown, nearest, capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.run(["fit", "--config", str(QUICKSTART), "--model.inner_solver.init_args.stepz", "3"])
-    assert ended.value.code != 0
-    assert "stepz" in capsys.readouterr().err
+        cli.run(["fit", "--config", str(QUICKSTART), *options, "--print_config"])
+    assert ended.value.code == 2
+    assert f"The valid name nearest to {unknown!r} is {nearest!r}." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("written", "misspelt", "nearest"),
+    [
+        ("lr: 0.3, steps: 8", "lr: 0.3, stepz: 8", "steps"),
+        ("val_tasks: 160", "vall_tasks: 160", "val_tasks"),
+        ("max_epochs: 8", "max_epoch: 8", "trainer.max_epochs"),
+    ],
+)
+def test_an_unknown_key_of_a_file_is_refused_with_the_nearest_valid_name(written, misspelt, nearest, tmp_path, capsys):
+    text = QUICKSTART.read_text()
+    assert written in text
+    path = tmp_path / "misspelt.yaml"
+    path.write_text(text.replace(written, misspelt))
+    with pytest.raises(SystemExit) as ended:
+        cli.run(["fit", "--config", str(path), "--print_config"])
+    assert ended.value.code == 2
+    assert f"is {nearest!r}." in capsys.readouterr().err
+
+
+CHANGES = [
+    "--model.init_args.loss", "torch.nn.functional.cross_entropy",
+    "--model.init_args.regularizer", "lightning_imaml.regularizers.Proximal",
+    "--model.init_args.regularizer.init_args.learned", "true",
+    "--model.init_args.regularizer_lr", "0.5",
+    "--model.init_args.lr_scheduler", "torch.optim.lr_scheduler.StepLR",
+    "--model.init_args.lr_scheduler.init_args.step_size", "3",
+    "--model.init_args.lr_scheduler_monitor", "val/loss",
+    "--model.init_args.gradient_clip_val", "2.5",
+    "--model.init_args.gradient_clip_algorithm", "value",
+    "--model.init_args.accumulate_meta_batches", "2",
+    "--model.init_args.chunk_size", "4",
+    "--model.init_args.compile", "false",
+    "--model.init_args.solve_precision", "trainer",
+    "--model.init_args.on_bad_task", "skip",
+]  # fmt: skip
+
+
+def test_every_option_of_the_module_is_reachable_and_printed(capsys):
+    """So is every option that is added later: the list is that of the constructor."""
+    with pytest.raises(SystemExit) as ended:
+        cli.run(["fit", "--config", str(QUICKSTART), *CHANGES, "--print_config"])
+    assert ended.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    options = set(inspect.signature(IMAMLModule).parameters)
+    assert set(printed) == options
+    given = {option.split(".")[2] for option in CHANGES[::2]}
+    assert given | {"backbone", "inner_solver", "estimator", "optimizer"} == options
+    assert printed["on_bad_task"] == "skip"
+    assert printed["gradient_clip_val"] == 2.5
+    assert printed["regularizer"]["init_args"]["learned"] is True
+    assert printed["lr_scheduler"]["init_args"]["step_size"] == 3
+
+
+def test_the_saved_configuration_reproduces_the_run(small, tmp_path):
+    options = ["--model.init_args.accumulate_meta_batches", "2", "--model.init_args.gradient_clip_val", "1.0"]
+    first = cli.run(["fit", *small, *options])
+    saved = Path(first.trainer.log_dir) / "config.yaml"
+    again = cli.run(["fit", "--config", str(saved), "--trainer.logger.init_args.save_dir", str(tmp_path / "again")])
+    assert again.model.accumulate_meta_batches == 2
+    for (name, one), other in zip(first.model.named_parameters(), again.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, msg=name)

@@ -28,7 +28,14 @@ NAMES = {
     "lightning_imaml.meta_gradients": ["Implicit", "FirstOrder", "Unrolled", "Truncated", "Reptile"],
     "lightning_imaml.regularizers": ["Proximal"],
     "lightning_imaml.functional": ["adapt", "predict", "meta_gradient"],
-    "lightning_imaml.callbacks": ["MetaGradientErrorMonitor", "PeakMemoryMonitor", "LearningCurve", "ResultsTable"],
+    "lightning_imaml.callbacks": [
+        "MetaGradientErrorMonitor",
+        "PeakMemoryMonitor",
+        "LearningCurve",
+        "ResultsTable",
+        "AdaptationCurve",
+        "EpisodeGrid",
+    ],
     "lightning_imaml.data": [
         "EpisodicDataModule", "GlyphDataModule", "OmniglotDataModule", "MiniImageNetDataModule", "CifarFSDataModule",
         "ImageFolderDataModule", "TasksetDataModule", "SinusoidDataModule", "LinearRegressionDataModule", "PerSample",
@@ -61,8 +68,9 @@ def test_no_file_is_long(path):
 
 # Each room may import from the rooms before it.
 ROOMS = [
-    "_version", "component", "phases", "episodes", "regularizers", "matrix_form", "compilation", "tasks", "curvature",
-    "linear", "inner", "meta_gradients", "functional", "metrics", "module", "callbacks", "data", "models", "cli",
+    "_version", "component", "phases", "episodes", "bad_tasks", "regularizers", "matrix_form", "compilation", "tasks",
+    "curvature", "linear", "inner", "meta_gradients", "functional", "metrics", "task_mean", "outer_step", "module",
+    "callbacks", "data", "models", "cli",
 ]  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Lightning callbacks that watch meta-learning; the memory monitor works in any Lightning project."""
 
+from lightning_imaml.callbacks.adaptation_curve import AdaptationCurve
+from lightning_imaml.callbacks.episode_grid import EpisodeGrid
 from lightning_imaml.callbacks.learning_curve import LearningCurve
 from lightning_imaml.callbacks.live_tensors import LiveTensorBytes
 from lightning_imaml.callbacks.meta_gradient_error import MetaGradientErrorMonitor
@@ -8,6 +10,8 @@ from lightning_imaml.callbacks.reference import ExactReference, MetaGradientErro
 from lightning_imaml.callbacks.results_table import ResultsTable
 
 __all__ = [
+    "AdaptationCurve",
+    "EpisodeGrid",
     "ExactReference",
     "LearningCurve",
     "LiveTensorBytes",

@@ -101,12 +101,10 @@ class MetaGradientErrorMonitor(Callback):
         tasks = pytree.tree_map(lambda t: t[: self.tasks], episode)
         buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
         with isolate_rng():
-            # The estimate under the precision that training uses, the reference under full precision.
-            with trainer.precision_plugin.train_step_context():
-                estimate = module.meta_gradient(tasks)
-            for buffer, before in buffers:
-                buffer.copy_(before)
             try:
+                # The estimate under the precision that training uses, the reference under full precision.
+                with trainer.precision_plugin.train_step_context():
+                    estimate = module.meta_gradient(tasks)
                 exact = self.reference.meta_gradient(
                     module.backbone,
                     tasks,
@@ -118,6 +116,10 @@ class MetaGradientErrorMonitor(Callback):
                     chunk_size=module.chunk_size,
                 )
             except (FloatingPointError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
-                # More steps than training takes may diverge. That is a finding, no reason to stop the training.
+                # More steps than training takes may diverge. That is a finding, no reason to stop the training; nor is
+                # a bad task, which the training step itself reports, on all ranks.
                 return MetaGradientError(math.nan, math.nan, False, math.nan, math.nan, math.nan)
+            finally:
+                for buffer, before in buffers:
+                    buffer.copy_(before)
         return self.reference.compare(estimate.grads, exact)

@@ -1,0 +1,154 @@
+"""How accuracy at test depends on the number of inner steps."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lightning_imaml import functional
+from lightning_imaml.callbacks.interface import require_interface
+from lightning_imaml.episodes import Episode
+from lightning_imaml.metrics import is_classification
+from lightning_imaml.task_mean import TaskMean
+
+
+class AdaptationCurve(Callback):
+    """Adapt every test task with several numbers of inner steps, also more than in training, and draw the outcome.
+
+    Written to ``trainer.log_dir`` by rank zero, over the tasks of all ranks: ``adaptation_curve.png``, and
+    ``adaptation_curve.csv`` with the columns ``inner_steps``, ``accuracy`` (``loss`` where the targets are not classes)
+    and ``interval95``, half the width of the mean's 95 % interval. Logged as ``test/accuracy_at_<n>_steps``. Where a
+    task diverges with so many steps, the mean is NaN.
+
+    A test takes as many inner steps more as the numbers add up to.
+
+    Args:
+        steps: the numbers of inner steps, 0 for the network as it is; None for 0, 1, 2, 4, … up to four times the
+            inner solver's.
+
+    Raises:
+        ValueError: ``steps`` is empty or holds a negative number.
+        TypeError: in ``setup``, the inner solver has no ``steps`` to change.
+    """
+
+    def __init__(self, steps: list[int] | None = None) -> None:
+        if steps is not None and (not steps or min(steps) < 0):
+            raise ValueError(
+                f"steps must be numbers of inner steps, 0 or more; found {steps}. Leave it out for 0, 1, 2 …."
+            )
+        self.steps = steps
+        self._spreads: dict[int, _Spread] = {}
+        self._quantity = "accuracy"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that the module can adapt with another number of steps."""
+        require_interface(self, pl_module, ("inner_solver", "adapt", "outer_loss"))
+        if "steps" not in getattr(pl_module.inner_solver, "__dataclass_fields__", {}):
+            raise TypeError(
+                f"AdaptationCurve: inner_solver must be a dataclass with a field 'steps'; found "
+                f"{type(pl_module.inner_solver).__name__}. Use a solver of lightning_imaml.inner, or leave it out."
+            )
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a curve."""
+        of_solver: int = pl_module.inner_solver.steps  # type: ignore[union-attr,assignment]
+        powers = [2**k for k in range(16) if 2**k <= 4 * of_solver]
+        numbers = {0, of_solver, *powers} if self.steps is None else set(self.steps)
+        self._spreads = {steps: _Spread().to(pl_module.device) for steps in sorted(numbers)}
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Adapt the batch's tasks with every number of steps."""
+        episode = Episode.of(batch)
+        with trainer.precision_plugin.test_step_context():
+            for steps, spread in self._spreads.items():
+                spread.update(self._judge(pl_module, episode, steps))
+
+    def _judge(self, module: Any, episode: Episode, steps: int) -> Tensor:
+        """Every task's accuracy or loss: ``[T]``."""
+        if steps:
+            solver = dataclasses.replace(module.inner_solver, steps=steps)
+            try:
+                adapted = module.adapt(episode.support_inputs, episode.support_targets, inner_solver=solver)
+            except FloatingPointError:
+                return torch.full((episode.tasks,), torch.nan, device=module.device)
+            parameters = adapted.parameters
+        else:
+            trainable = ((name, p.detach()) for name, p in module.backbone.named_parameters() if p.requires_grad)
+            parameters = {name: p.expand(episode.tasks, *p.shape) for name, p in trainable}
+        losses, outputs = functional.evaluate(
+            module.backbone,
+            parameters,
+            episode.query_inputs,
+            episode.query_targets,
+            loss=module.outer_loss,
+            chunk_size=module.chunk_size,
+        )
+        if not is_classification(outputs, episode.query_targets):
+            self._quantity = "loss"
+            return losses
+        accuracy: Tensor = (outputs.argmax(dim=-1) == episode.query_targets).float().mean(dim=1)
+        return accuracy
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log, and write both files."""
+        points = [(steps, *spread.compute().tolist()) for steps, spread in self._spreads.items()]
+        for steps, mean, _ in points:
+            pl_module.log(f"test/{self._quantity}_at_{steps}_steps", mean)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # A collective operation: on every rank.
+        if not trainer.is_global_zero:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "adaptation_curve.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("inner_steps", self._quantity, "interval95"))
+            writer.writerows(points)
+        trained: int = pl_module.inner_solver.steps  # type: ignore[union-attr,assignment]
+        draw_curve(points, self._quantity, trained).savefig(folder / "adaptation_curve.png", dpi=120)
+
+
+class _Spread(TaskMean):
+    """The mean over tasks and half the width of its 95 % interval, ``[2]``."""
+
+    squares: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("squares", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor) -> None:
+        super().update(values)
+        self.squares = self.squares + values.square().sum()
+
+    def compute(self) -> Tensor:
+        variance = (self.squares - self.total.square() / self.tasks).clamp(min=0) / (self.tasks - 1).clamp(min=1)
+        return torch.stack([self.total / self.tasks, 1.96 * (variance / self.tasks).sqrt()])
+
+
+def draw_curve(points: list[Any], quantity: str, trained: int) -> Figure:
+    """Draw (inner steps, mean, half-width) points; a dotted line marks the number of steps in training."""
+    steps, means, widths = zip(*points, strict=True)
+    figure = Figure(figsize=(5.0, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.errorbar(steps, means, yerr=widths, marker="o", markersize=3, capsize=2)
+    axes.axvline(trained, linestyle=":", color="grey", label=f"in training: {trained}")
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xticks(steps, labels=[str(s) for s in steps], minor=False)
+    axes.set(title="Query sets of the test tasks (95 %)", xlabel="inner steps", ylabel=quantity)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure

@@ -1,0 +1,304 @@
+"""The outer step: what the Trainer leaves to the module in manual optimization."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.optimizer import Optimizer
+
+from lightning_imaml.functional import MetaGradient
+from lightning_imaml.metrics import is_classification
+
+_MOST_EMPTY_STEPS = 20
+
+
+def _tracks_statistics(module: nn.Module) -> bool:
+    return any(isinstance(layer, _NormBase) and layer.running_mean is not None for layer in module.modules())
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_random_states(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0].cpu())
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1].cpu(), device)
+
+
+def surrogate(result: MetaGradient, parameters: Mapping[str, Tensor]) -> Tensor:
+    """A scalar with the outer loss as its value and the meta-gradient as its gradient in ``parameters``.
+
+    A ``.grad`` written by hand would miss the all-reduce of DistributedDataParallel and the loss scale of 16-bit
+    training.
+    """
+    inner = torch.stack([(result.grads[name].detach() * p).sum() for name, p in parameters.items()]).sum()
+    return result.loss.sum() / max(1, len(result.tasks)) + inner - inner.detach()
+
+
+def training_values(result: MetaGradient, targets: Any, before: Any) -> dict[str, Tensor]:
+    """What is logged of a meta-step: means over its tasks, by name.
+
+    Args:
+        result: the meta-gradient of the tasks that were good.
+        targets: the query targets of all tasks of the batch.
+        before: the unadapted network's outputs for them; None where they were not computed.
+    """
+    values = {"train/outer_loss": result.loss.mean(), "train/inner_residual": result.adapted.residual.mean()}
+    if isinstance(targets, Tensor) and is_classification(result.query_outputs, targets[result.tasks]):
+        values["train/accuracy"] = _accuracy(result.query_outputs, targets[result.tasks])
+        if before is not None:
+            values["train/accuracy_before"] = _accuracy(before[result.tasks], targets[result.tasks])
+    if result.linear is not None:
+        values["train/linear_residual"] = result.linear.residual.mean()
+        values["train/linear_steps"] = result.linear.steps.float().mean()
+        values["train/indefinite"] = result.linear.indefinite.float().mean()
+    return values
+
+
+def _accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.argmax(dim=-1) == targets).float().mean()
+
+
+class OuterStep(LightningModule):
+    """Takes meta-gradients to the optimizer: mean over ranks, accumulation, clipping, optimizer and schedulers.
+
+    The base of :class:`~lightning_imaml.IMAMLModule`, which sets the attributes and calls :meth:`accumulate`.
+
+    Attributes:
+        gradient_clip_val: clip the gradient to this; None does not.
+        gradient_clip_algorithm: by its "norm", or every entry by its "value".
+        accumulate_meta_batches: batches for one step.
+        lr_scheduler_monitor: the logged quantity that ReduceLROnPlateau watches.
+    """
+
+    gradient_clip_val: float | None
+    gradient_clip_algorithm: str
+    accumulate_meta_batches: int
+    lr_scheduler_monitor: str | None
+    _tasks_of_step = 0
+    _empty_steps = 0
+    _clipped = False
+    resumed_state: dict[str, Any] | None = None
+    _random: list[Tensor] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Refuse strategies that shard the parameters; tell weight averaging that there are no running statistics."""
+        if isinstance(self.trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+            raise ValueError(
+                f"strategy must keep all parameters on every rank, since each task adapts its own copy of all of them; "
+                f"found {type(self.trainer.strategy).__name__}, which shards them. Use strategy='ddp'; a smaller "
+                "chunk_size saves memory instead."
+            )
+        for callback in self._averaging():
+            # Lightning's callback would renew running statistics, and fails where BatchNorm has none.
+            callback.pl_module_contains_batch_norm = _tracks_statistics  # type: ignore[method-assign,assignment]
+
+    def configure_model(self) -> None:
+        """Let weight averaging copy the network again, since it may not have been there when it did."""
+        for callback in self._averaging():
+            callback.setup(self.trainer, self, "fit")
+
+    def _averaging(self) -> list[StochasticWeightAveraging]:
+        callbacks = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, StochasticWeightAveraging)]
+
+    def outer_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold, besides Lightning's own, to go on bit for bit: plain tensors and numbers."""
+        state: dict[str, Any] = {"random": self._random}
+        # Before their all-reduce, every rank's gradients are its own, and rank zero alone writes.
+        if self._tasks_of_step and self.trainer.world_size == 1:
+            gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+            state |= {"tasks": self._tasks_of_step, "gradients": gradients}
+        return state
+
+    def resume_outer_state(self) -> None:
+        """Once, at the first training step after a resume: later than what the Trainer itself clears."""
+        state, self.resumed_state = self.resumed_state, None
+        if state is None:
+            return
+        self._tasks_of_step = state.get("tasks", 0)
+        parameters = dict(self.named_parameters())
+        for name, gradient in state.get("gradients", {}).items():
+            parameters[name].grad = gradient.to(parameters[name])
+        self._random = state["random"]
+
+    @contextmanager
+    def random_stream(self) -> Iterator[None]:
+        """Draw random numbers, of dropout, from a stream of the training steps' own, which goes on after a resume.
+
+        What loaders and validation draw depends on where a run was interrupted. The stream starts as a copy of the
+        global one.
+        """
+        outside = _random_states(self.device)
+        if self._random is not None:
+            _set_random_states(self._random, self.device)
+        try:
+            yield
+        finally:
+            self._random = _random_states(self.device)
+            _set_random_states(outside, self.device)
+
+    def on_train_start(self) -> None:
+        """Refuse ranks with different numbers of batches, which would wait for one another for ever."""
+        counts = [batches for (batches,) in self._of_all_ranks(float(self.trainer.num_training_batches))]
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"every rank must have the same number of training batches; found {counts}. Leave the sampler to the "
+                "Trainer (use_distributed_sampler=True), or set limit_train_batches."
+            )
+
+        self._count_meta_steps()  # The Trainer leaves on_train_epoch_start out where it resumes in mid-epoch.
+
+    def on_train_epoch_start(self) -> None:
+        """Let a whole ``val_check_interval`` count meta-steps, where the Trainer counts batches."""
+        self._count_meta_steps()
+
+    def _count_meta_steps(self) -> None:
+        trainer = self.trainer
+        interval, accumulated = trainer.val_check_interval, self.accumulate_meta_batches
+        if accumulated == 1 or not isinstance(interval, int):
+            return
+        batches = interval * accumulated
+        if trainer.check_val_every_n_epoch is not None and batches > trainer.num_training_batches:
+            raise ValueError(
+                f"val_check_interval must be at most the meta-steps of an epoch; found {interval} meta-steps of "
+                f"{accumulated} batches, and {trainer.num_training_batches} batches an epoch. Lower it, or set "
+                "check_val_every_n_epoch=None to count across epochs."
+            )
+        trainer.val_check_batch = batches
+
+    def agree(self, tasks: int, error: FloatingPointError | None) -> list[int]:
+        """Tell the other ranks how many tasks this one has for the meta-gradient, and hear how many they have.
+
+        Raises:
+            FloatingPointError: on this rank or another one; on all of them, so that none waits for one that stopped.
+        """
+        told = self._of_all_ranks(tasks, error is not None)
+        failed = [rank for rank, (_, bad) in enumerate(told) if bad]
+        if failed and error is None:
+            error = FloatingPointError(
+                f"every rank's tasks must be sound; found bad ones on ranks {failed}, whose own error names them. "
+                "All ranks stop together."
+            )
+        if error is not None:
+            raise error
+        return [int(count) for count, _ in told]
+
+    def _of_all_ranks(self, *values: float) -> list[list[float]]:
+        """Every rank's values, rank by rank."""
+        # By a sum: Lightning's all_gather warns of what PyTorch deprecates, and would be differentiable for nothing.
+        table = torch.zeros(self.trainer.world_size, len(values), device=self.device)
+        table[self.global_rank] = torch.tensor(values)
+        try:
+            told = torch.as_tensor(self.trainer.strategy.reduce(table, reduce_op="sum"))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"every rank must be running for a meta-step; rank {self.global_rank} of {self.trainer.world_size} "
+                f"lost another one ({error}). That process has died or was killed: its own output, or the system's log "
+                "of processes killed for memory, says why. Resume from the last checkpoint."
+            ) from error
+        found: list[list[float]] = told.tolist()
+        return found
+
+    def mean_over_ranks(self, values: dict[str, Tensor], tasks: int, counts: list[int]) -> dict[str, Tensor]:
+        """The means over all ranks' tasks of values that are means over this rank's; NaN where there are no tasks."""
+        if len(counts) == 1 or not values:
+            return values
+        # In one message; a rank without tasks has no means.
+        mine = torch.stack([value.detach().double() * tasks for value in values.values()]).nan_to_num()
+        if not tasks:
+            mine.zero_()
+        total = torch.as_tensor(self.trainer.strategy.reduce(mine, reduce_op="sum"))
+        return dict(zip(values, (total / sum(counts)).float(), strict=True))
+
+    def accumulate(self, surrogate: Tensor, tasks: int, counts: list[int], due: bool) -> None:
+        """Add a meta-gradient to ``.grad`` by a backward pass, and step if due.
+
+        Args:
+            surrogate: has the mean meta-gradient of this rank's tasks as its gradient.
+            tasks: how many they are.
+            counts: how many every rank has.
+            due: whether the batch ends a meta-step.
+        """
+        # DDP averages over ranks; the mean over tasks weighs a rank by its tasks.
+        share = tasks * len(counts) / max(1, sum(counts))
+        surrogate = surrogate * share / self.accumulate_meta_batches
+        self._tasks_of_step += sum(counts)
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        if due or block is None:
+            self.manual_backward(surrogate)
+        else:
+            with block():
+                self.manual_backward(surrogate)
+        if due:
+            self._step()
+
+    def _step(self) -> None:
+        optimizer = self.optimizers()
+        if isinstance(optimizer, list):
+            raise ValueError(
+                f"configure_optimizers must return one optimizer; found {len(optimizer)}. Give its parameter groups "
+                "their own learning rates instead."
+            )
+        tasks, self._tasks_of_step = self._tasks_of_step, 0
+        if not tasks:
+            # A step along zero would still move the weights, by momentum and weight decay.
+            optimizer.zero_grad()
+            self._empty_steps += 1
+            if self._empty_steps == _MOST_EMPTY_STEPS:
+                raise FloatingPointError(
+                    f"some task must be sound; found none in {_MOST_EMPTY_STEPS} meta-steps in a row, so that the "
+                    "network itself does not adapt. Lower the inner learning rate, or use a stronger regulariser."
+                )
+            return
+        self._empty_steps = 0
+        self._clipped = False
+        optimizer.step()
+        if self.gradient_clip_val is not None and not self._clipped:
+            raise RuntimeError(
+                f"{type(self).__name__}.on_before_optimizer_step must call super().on_before_optimizer_step(optimizer),"
+                " which clips the meta-gradient; found that it does not. Call it, or leave gradient_clip_val out."
+            )
+        optimizer.zero_grad()
+        self._step_schedulers("step", self.trainer.global_step)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the meta-gradient's norm as ``train/grad_norm`` and clip it, here where a GradScaler has unscaled it."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        if self.gradient_clip_val is not None:
+            self.configure_gradient_clipping(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
+        self._clipped = True
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Keep what is accumulated: the Trainer, whose own accumulation is off, would clear it."""
+
+    def on_train_epoch_end(self) -> None:
+        """Step the schedulers that go by epochs, which manual optimization leaves to the module."""
+        self._step_schedulers("epoch", self.current_epoch + 1)
+
+    def _step_schedulers(self, interval: str, count: int) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            if config.interval != interval or count % config.frequency:
+                continue
+            if not isinstance(config.scheduler, ReduceLROnPlateau):
+                config.scheduler.step()
+                continue
+            value: Any = self.trainer.callback_metrics.get(str(self.lr_scheduler_monitor))
+            if value is None:
+                raise ValueError(
+                    f"lr_scheduler_monitor must be a logged quantity for ReduceLROnPlateau; found "
+                    f"{self.lr_scheduler_monitor!r}. Logged are {sorted(self.trainer.callback_metrics)}: choose one."
+                )
+            config.scheduler.step(value)

@@ -1,0 +1,258 @@
+"""Whatever stops a run, it goes on from its last checkpoint to the weights of an uninterrupted run, bit for bit."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_imaml import IMAMLModule
+from lightning_imaml.data import EpisodicDataModule
+from lightning_imaml.inner import GradientDescent
+from lightning_imaml.regularizers import Proximal
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*Using ModelCheckpoint with manual optimization",
+    "ignore:.*The dirpath has changed",
+    "ignore:Checkpoint directory .* exists and is not empty",
+    "ignore:Be aware that when using `ckpt_path`",
+)
+
+STEPS = 13
+
+
+def module(dropout: float = 0.0, **settings) -> IMAMLModule:
+    seed_everything(0, verbose=False)
+    network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(dropout), nn.Linear(4, 2))
+    schedule = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=3, gamma=0.5)
+    defaults = {
+        "inner_solver": GradientDescent(0.1, 2), "regularizer": Proximal(0.5, learned=True),
+        "optimizer": functools.partial(torch.optim.Adam, lr=0.01), "lr_scheduler": schedule,
+    }  # fmt: skip
+    return IMAMLModule(network, **defaults | settings)
+
+
+def data(**settings) -> EpisodicDataModule:
+    generator = torch.Generator().manual_seed(0)
+    source = TensorDataset(torch.randn(120, 3, generator=generator), torch.arange(120) % 12)
+    sizes = {"ways": 2, "shots": 1, "queries": 2, "tasks_per_batch": 2, "batches_per_epoch": 5, "val_tasks": 2}
+    return EpisodicDataModule(source, **sizes | settings)
+
+
+def trainer(folder: Path, *callbacks: Callback, **settings) -> Trainer:
+    defaults = {
+        "max_steps": STEPS, "max_epochs": -1, "logger": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0,
+        "limit_val_batches": 1, "log_every_n_steps": 3,
+    }  # fmt: skip
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    return Trainer(
+        **defaults | {"enable_checkpointing": saves} | settings, default_root_dir=folder, callbacks=list(callbacks)
+    )
+
+
+def each_step(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        folder, filename="{step}", every_n_train_steps=1, save_top_k=2, monitor="step", mode="max", save_last=True
+    )
+
+
+def weights(model: nn.Module) -> Tensor:
+    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Tensor:
+    model = module()
+    trainer(tmp_path_factory.mktemp("whole")).fit(model, datamodule=data())
+    return weights(model)
+
+
+KILLED = """
+import os, random, signal, sys
+from pathlib import Path
+import torch
+from test_interruptions import data, each_step, module, trainer, weights
+
+def one_life(folder, kill_at, instant):
+    '''A run that resumes, and kills itself at a step: in the training step, or while it writes its checkpoint.'''
+    torch.set_num_threads(1)
+    model, saver = module(), each_step(folder)
+    run = trainer(folder, saver)
+    def kill(*args, **kwargs):
+        if run.global_step >= kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    if instant == "step":
+        step = model.training_step
+        model.training_step = lambda *args: (kill(), step(*args))[1]
+    elif instant == "optimizer":
+        clip = model.on_before_optimizer_step
+        model.on_before_optimizer_step = lambda *args: (kill(), clip(*args))[1]
+    else:
+        import lightning.fabric.plugins.io.torch_io as io
+        save = io._atomic_save
+        def torn(checkpoint, path):
+            if run.global_step >= kill_at:
+                import fsspec.implementations.local as local
+                local.LocalFileOpener.commit = kill
+            save(checkpoint, path)
+        io._atomic_save = torn
+    last = Path(folder) / "last.ckpt"
+    run.fit(model, datamodule=data(), ckpt_path=last if last.exists() else None)
+    torch.save(weights(model), Path(folder) / "weights.pt")
+
+if __name__ == "__main__":
+    folder, kills = Path(sys.argv[1]), int(sys.argv[2])
+    choose = random.Random(0)
+    done = 0
+    for run in range(kills):
+        steps = sorted(choose.sample(range(13), 2))
+        own = folder / str(run)
+        for kill_at in [*steps, 99]:
+            child = os.fork()
+            if not child:
+                try:
+                    one_life(own, kill_at, choose.choice(["step", "optimizer", "writing"]))
+                finally:
+                    os._exit(0)
+            status = os.waitpid(child, 0)[1]
+            done += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    print("killed", done, "times")
+"""
+
+
+@pytest.mark.slow  # Twenty runs, each killed twice: that a kill costs nothing is a claim about every instant.
+def test_twenty_runs_killed_and_resumed_end_where_an_uninterrupted_one_does(tmp_path, whole):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    root = Path(__file__).parent
+    path = os.pathsep.join([str(root.parent), str(root)])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), str(tmp_path / "runs"), "20"], timeout=300, check=False,
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "killed 40 times" in done.stdout, done.stdout[-500:] + done.stderr[-2000:]
+    for run in range(20):
+        found = torch.load(tmp_path / "runs" / str(run) / "weights.pt")
+        torch.testing.assert_close(found, whole, rtol=0, atol=0)
+
+
+class At(Callback):
+    """Does something at the start of one training batch, once."""
+
+    def __init__(self, batch: int, action):
+        self.batch, self.action = batch, action
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.fit_loop.total_batch_idx == self.batch:
+            self.action()
+
+
+@pytest.mark.parametrize(("accumulate", "batch"), [(1, 1), (1, 4), (3, 3), (3, 4), (3, 6)])
+def test_sigterm_saves_and_the_resumed_run_ends_the_same(tmp_path, batch, accumulate):
+    """Also in the middle of a meta-step: the gradients accumulated so far are part of the checkpoint."""
+    expected, first, second = (module(accumulate_meta_batches=accumulate) for _ in range(3))
+    trainer(tmp_path, max_steps=6).fit(expected, datamodule=data())
+    saver = ModelCheckpoint(tmp_path, filename="stopped", save_on_exception=True, every_n_train_steps=10**6)
+    stop = At(batch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises((SystemExit, BaseException)) as ended:
+        trainer(tmp_path, saver, stop, max_steps=6).fit(first, datamodule=data())
+    assert "SIGTERM" in type(ended.value).__name__
+    (checkpoint,) = tmp_path.glob("*.ckpt")
+    trainer(tmp_path, max_steps=6).fit(second, datamodule=data(), ckpt_path=checkpoint)
+    torch.testing.assert_close(weights(second), weights(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stop", [2, 5, 7])
+def test_dropout_goes_on_with_the_masks_of_an_uninterrupted_run(tmp_path, stop):
+    expected, first, second = (module(dropout=0.5) for _ in range(3))
+    seed_everything(1, verbose=False)
+    trainer(tmp_path, max_steps=9).fit(expected, datamodule=data())
+    seed_everything(1, verbose=False)
+    part = trainer(tmp_path, max_steps=stop)
+    part.fit(first, datamodule=data())
+    part.save_checkpoint(tmp_path / "stop.ckpt")
+    seed_everything(2, verbose=False)
+    trainer(tmp_path, max_steps=9).fit(second, datamodule=data(), ckpt_path=tmp_path / "stop.ckpt")
+    torch.testing.assert_close(weights(second), weights(expected), rtol=0, atol=0)
+
+
+def test_validation_by_meta_steps_goes_on_after_a_resume(tmp_path):
+    at = []
+
+    class Validated(Callback):
+        def on_validation_start(self, trainer, pl_module):
+            at.append(trainer.global_step)
+
+    settings = {"val_check_interval": 2, "check_val_every_n_epoch": None}
+    part = trainer(tmp_path, max_steps=3, **settings)
+    part.fit(module(accumulate_meta_batches=2), datamodule=data(batches_per_epoch=40))
+    part.save_checkpoint(tmp_path / "stop.ckpt")
+    rest = trainer(tmp_path, Validated(), max_steps=8, **settings)
+    rest.fit(module(accumulate_meta_batches=2), datamodule=data(batches_per_epoch=40), ckpt_path=tmp_path / "stop.ckpt")
+    assert at == [4, 6, 8]
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, monkeypatch, whole):
+    """The disk is full from the seventh step on: the write fails halfway, as ENOSPC does."""
+    full = {"from": 7}
+    model, saver = module(), each_step(tmp_path)
+    run = trainer(tmp_path, saver)
+    move = shutil.move
+
+    def no_space(source, target):
+        if run.global_step >= full["from"] and str(target).startswith(str(tmp_path)):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return move(source, target)
+
+    monkeypatch.setattr(shutil, "move", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        run.fit(model, datamodule=data())
+    monkeypatch.undo()
+    kept = sorted(path.name for path in tmp_path.glob("*.ckpt"))
+    assert kept == ["last.ckpt", "step=5.ckpt", "step=6.ckpt"]
+    for name in kept:
+        assert torch.load(tmp_path / name, weights_only=True)["global_step"] in (5, 6)
+    again = module()
+    trainer(tmp_path).fit(again, datamodule=data(), ckpt_path=tmp_path / "last.ckpt")
+    torch.testing.assert_close(weights(again), whole, rtol=0, atol=0)
+
+
+def test_a_loader_worker_that_dies_is_named():
+    class Dies(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    loader = DataLoader(Dies(), batch_size=None, num_workers=1)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.*exited unexpectedly|killed by signal"):
+        trainer(Path()).fit(module(), loader)
+
+
+def test_a_checkpoint_restores_settings_without_unpickling_code(tmp_path):
+    model = module(gradient_clip_val=1.0, on_bad_task="skip", solve_precision="trainer", regularizer_lr=0.1)
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(model, datamodule=data())
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.0), nn.Linear(4, 2))
+    loaded = IMAMLModule.load_from_checkpoint(tmp_path / "model.ckpt", backbone=network, weights_only=True)
+    torch.testing.assert_close(weights(loaded), weights(model), rtol=0, atol=0)
+    for name in ("inner_solver", "estimator", "regularizer", "gradient_clip_val", "on_bad_task", "solve_precision"):
+        assert getattr(loaded, name) == getattr(model, name), name
+    assert loaded.regularizer_lr == 0.1

@@ -1,0 +1,169 @@
+"""Two processes train as one does; whatever goes wrong on one of them, none waits for the other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from torch import nn
+from two_processes import METHODS, data, module, trainer, weights
+
+from lightning_imaml import IMAMLModule
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)]), "OMP_NUM_THREADS": "1"}
+
+
+def run(*command: str, environment: dict[str, str] | None = None, timeout: int = 300) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command], env=ENVIRONMENT | (environment or {}), timeout=timeout, check=False,
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> list[dict[str, Any]]:
+    """Of one process alone, of rank 0 of two and of rank 1 of two; all cases in one start, for starting is slow."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for processes in ("1", "2"):
+        done = run(str(TESTS / "two_processes.py"), str(folder), processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"of{name}.pt") for name in ("1-0", "2-0", "2-1")]
+
+
+pytestmark = pytest.mark.slow  # Starts processes: the one proof that the meta-gradient is averaged over them.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_of_8_tasks_take_20_steps_of_one_of_16(results, method):
+    alone, first, second = (found["methods"][method] for found in results)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, alone, rtol=1e-10, atol=1e-12)
+
+
+def test_the_comparison_fails_without_the_all_reduce(results):
+    alone, first, second = (found["without all-reduce"] for found in results)
+    assert (first - second).abs().max() > 1e-3
+    assert (first - alone).abs().max() > 1e-3
+
+
+def test_metrics_are_those_of_one_process(results):
+    alone, first, second = (found["metrics"] for found in results)
+    assert first == second
+    assert {"train/accuracy", "train/grad_norm", "val/loss", "val/accuracy_interval95"} <= set(alone)
+    assert set(first) == set(alone)
+    for name, value in alone.items():
+        assert first[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_both_monitors_log_the_same_on_every_rank(results):
+    alone, first, second = (found["monitors"] for found in results)
+    assert first == second
+    assert set(first) == set(alone)
+    assert 0 < first["meta_gradient/relative_error"] < 2
+    assert first["memory/inner_loop_mib"] > 0
+
+
+def test_the_adaptation_curve_is_over_the_tasks_of_all_ranks(results):
+    alone, first, second = (found["curve"] for found in results)
+    assert first == second
+    assert "test/accuracy_at_9_steps" in alone
+    assert first == pytest.approx(alone, rel=1e-5)
+
+
+def test_spawned_processes_take_the_same_steps(results):
+    model = module(**METHODS["first order"])
+    run = trainer(1, max_epochs=2, max_steps=20, devices=2, strategy="ddp_spawn")
+    run.fit(model, datamodule=data(8))
+    torch.testing.assert_close(weights(model), results[0]["methods"]["first order"], rtol=1e-10, atol=1e-12)
+
+
+def test_bad_tasks_are_left_out_of_the_mean_over_all_ranks(results):
+    """Also where a rank has none left, and where no rank has."""
+    alone, first, second = (found["skipped"] for found in results)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, alone, rtol=1e-10, atol=1e-12)
+
+
+def test_every_task_counts_the_same_in_an_uneven_last_batch(results):
+    alone, first, second = (found["uneven batch"] for found in results)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, alone, rtol=1e-10, atol=1e-12)
+
+
+def test_a_bad_task_stops_all_ranks(results):
+    _, first, second = results
+    assert "found bad ones on ranks [1]" in first["raised"]
+    assert "for tasks [1] of the batch" in second["raised"]
+
+
+def test_different_numbers_of_batches_are_refused_on_all_ranks(results):
+    _, first, second = results
+    assert "must have the same number of training batches; found [3.0, 4.0]" in first["unequal"]
+    assert first["unequal"] == second["unequal"]
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_sharded_strategies_are_refused_with_the_reason(strategy, monkeypatch):
+    run, model = Trainer(accelerator="cpu", devices=1, logger=False), IMAMLModule(nn.Linear(2, 2))
+    model.trainer = run
+    monkeypatch.setattr(run._accelerator_connector, "strategy", strategy.__new__(strategy))
+    with pytest.raises(ValueError, match=rf"each task adapts its own copy .*; found {strategy.__name__}, which shards"):
+        model.setup("fit")
+
+
+EXAMPLE = str(ROOT / "examples" / "multi_gpu.py")
+
+
+def test_the_example_runs_on_two_nodes_by_the_environment_that_torchrun_sets(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    options = ["--accelerator", "cpu", "--devices", "1", "--num_nodes", "2", "--max_steps", "2"]
+    command = [sys.executable, EXAMPLE, *options, "--folder", str(tmp_path)]
+    nodes = []
+    for node in range(2):
+        of_torchrun = {
+            "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2",
+            "RANK": str(node), "GROUP_RANK": str(node), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+        }  # fmt: skip
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        nodes.append(subprocess.Popen(command, env=ENVIRONMENT | of_torchrun, **pipes))
+    printed = [node.communicate(timeout=200) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    assert "2 processes, 16 tasks a meta-step" in printed[0][0]
+    assert "test/accuracy" in printed[0][0]
+    assert (tmp_path / "last.ckpt").is_file()
+
+
+DIES = """
+import os, signal, sys
+from two_processes import batches, module, rank, trainer
+if __name__ == "__main__":
+    model = module()
+    def die(batch, batch_idx, step=model.training_step):
+        if batch_idx == 1 and rank() == int(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(batch, batch_idx)
+    model.training_step = die
+    trainer(2, use_distributed_sampler=False).fit(model, batches([[0], [1], [2], [3]]))
+"""
+
+
+def test_a_process_that_dies_takes_the_run_with_it_and_is_named(tmp_path):
+    script = tmp_path / "dies.py"
+    script.write_text(DIES)
+    done = run(str(script), "1", timeout=120)
+    assert done.returncode != 0
+    told = done.stderr + done.stdout
+    assert "rank 0 of 2 lost another one" in told or f"terminated with code {-signal.SIGKILL}" in told, told[-3000:]
