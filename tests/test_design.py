@@ -26,15 +26,11 @@ NAMES = {
     "lightning_imaml.curvature": ["Hessian", "GaussNewton"],
     "lightning_imaml.linear": ["ConjugateGradient", "Direct", "MinRes", "Neumann"],
     "lightning_imaml.meta_gradients": ["Implicit", "FirstOrder", "Unrolled", "Truncated", "Reptile"],
-    "lightning_imaml.regularizers": ["Proximal"],
+    "lightning_imaml.regularizers": ["NoRegularizer", "Proximal"],
     "lightning_imaml.functional": ["adapt", "predict", "meta_gradient"],
     "lightning_imaml.callbacks": [
-        "MetaGradientErrorMonitor",
-        "PeakMemoryMonitor",
-        "LearningCurve",
-        "ResultsTable",
-        "AdaptationCurve",
-        "EpisodeGrid",
+        "MetaGradientErrorMonitor", "PeakMemoryMonitor", "LearningCurve", "ResultsTable",
+        "AdaptationCurve", "EpisodeGrid",
     ],
     "lightning_imaml.data": [
         "EpisodicDataModule", "GlyphDataModule", "OmniglotDataModule", "MiniImageNetDataModule", "CifarFSDataModule",
