@@ -27,7 +27,7 @@ class Parser(LightningArgumentParser):
     def _proposal(self, message: str) -> str:
         # What was not accepted, and among which names it should have been: jsonargparse says both in words.
         if found := re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message):
-            unknown, valid = found[2], list(inspect.signature(_imported(found[1])).parameters)
+            unknown, valid = found[2], _parameters(_imported(found[1]))
         elif found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
             unknown, valid = found[2], [name for name in dir(importlib.import_module(found[1])) if name[0] != "_"]
         elif found := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
@@ -51,6 +51,17 @@ class Parser(LightningArgumentParser):
 def _imported(path: str) -> Any:
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+
+def _parameters(called: Any) -> list[str]:
+    """The names that a function or a class takes; where it passes ``**options`` on, those of its base classes too."""
+    names: list[str] = []
+    for kind in called.__mro__ if inspect.isclass(called) else [called]:
+        parameters = inspect.signature(kind).parameters.values()
+        names += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return names
 
 
 def run(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:

@@ -201,11 +201,12 @@ class EpisodicMetric(EpisodicMean):
 def with_intervals(**metrics: EpisodicMean) -> MetricCollection:
     """A collection of metrics, each with its 95 % interval beside it as ``<name>_interval95``.
 
-    What :meth:`lightning_imaml.IMAMLModule.configure_metrics` may return.
+    What :meth:`lightning_imaml.IMAMLModule.configure_metrics` may return. The module logs ``loss`` and
+    ``inner_residual`` by itself, so these names are taken there.
 
     Example:
-        >>> sorted(with_intervals(accuracy=EpisodicAccuracy(), loss=EpisodicLoss()).keys())
-        ['accuracy', 'accuracy_interval95', 'loss', 'loss_interval95']
+        >>> sorted(with_intervals(accuracy=EpisodicAccuracy(), cross_entropy=EpisodicLoss()).keys())
+        ['accuracy', 'accuracy_interval95', 'cross_entropy', 'cross_entropy_interval95']
     """
     both: dict[str, Metric | MetricCollection] = {}
     for name, metric in metrics.items():

@@ -27,7 +27,8 @@ class ResultsTable(Callback):
 
     Rows: the network after adaptation, with its 95 % interval over tasks, and before; in a test of a classifier also
     the same network with random weights, adapted to the same tasks by the same solver: what meta-learning is worth.
-    The caption names the protocol. Where the module logs no accuracy, as in regression, the table shows the loss.
+    Other metrics that the module logs with an interval, as ``metrics.with_intervals`` names them, have columns of their
+    own. The caption names the protocol. Where the module logs no accuracy, as in regression, the table shows the loss.
 
     Args:
         baseline: whether to test the network with random weights; it takes as long as the test itself.
@@ -153,11 +154,17 @@ class ResultsTable(Callback):
         else:
             table.add_column("network")
             table.add_column("accuracy (%)", justify="right")
-            table.add_row("after adaptation", _percent(metrics["accuracy"], metrics.get("accuracy_interval95")))
-            if "accuracy_before" in metrics:
-                table.add_row(
-                    "before adaptation", _percent(metrics["accuracy_before"], metrics.get("accuracy_interval95_before"))
+            others = [name for name in metrics if f"{name}_interval95" in metrics and name != "accuracy"]
+            for name in others:
+                table.add_column(name.replace("_", " "), justify="right")
+            for when, suffix in (("after", ""), ("before", "_before")):
+                if f"accuracy{suffix}" not in metrics:
+                    continue
+                accuracy = _percent(metrics[f"accuracy{suffix}"], metrics.get(f"accuracy_interval95{suffix}"))
+                values = (
+                    f"{metrics[name + suffix]:.4g} ± {metrics[f'{name}_interval95{suffix}']:.2g}" for name in others
                 )
+                table.add_row(f"{when} adaptation", accuracy, *values)
             if diverged:
                 self._note = "No row for random weights: their adaptation diverged"
             elif self._network is not None:

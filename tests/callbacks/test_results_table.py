@@ -15,7 +15,13 @@ from lightning_imaml.callbacks.baseline import reinitialised
 from lightning_imaml.data import EpisodicDataModule
 from lightning_imaml.functional import adapt, predict
 from lightning_imaml.inner import GradientDescent
-from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95
+from lightning_imaml.metrics import (
+    EpisodicAccuracy,
+    EpisodicCalibrationError,
+    EpisodicInterval95,
+    EpisodicLoss,
+    with_intervals,
+)
 from lightning_imaml.regularizers import Proximal
 
 WAYS, SHOTS, QUERIES, FEATURES, TASKS = 3, 2, 4, 5, 4
@@ -254,3 +260,28 @@ def test_tasks_of_several_shapes_are_named_as_a_range(tmp_path, capsys):
     trainer.test(model, datamodule=episodes, verbose=False)
     printed = words(capsys.readouterr().out)
     assert "2 to 3-way 1 to 2-shot, 4 queries a class, 7 inner steps, inductive, 12 tasks." in printed
+
+
+class Measured(IMAMLModule):
+    """With more metrics than the accuracy, each with its interval."""
+
+    def configure_metrics(self):
+        return with_intervals(
+            accuracy=EpisodicAccuracy(), cross_entropy=EpisodicLoss(), calibration_error=EpisodicCalibrationError()
+        )
+
+
+def test_every_metric_with_an_interval_has_a_column(tmp_path, capsys):
+    trainer = trainer_with(tmp_path, ResultsTable())
+    model = Measured(backbone=network(), inner_solver=SOLVER, regularizer=Proximal(0.5))
+    trainer.test(model, loader(), verbose=False)
+    printed, metrics = capsys.readouterr().out, trainer.callback_metrics
+    assert float(metrics["test/cross_entropy"]) == pytest.approx(float(metrics["test/loss"]), rel=1e-5)
+    header = next(line for line in printed.splitlines() if "accuracy (%)" in line)
+    assert "cross entropy" in header
+    assert "calibration error" in header
+    for when, suffix in (("after", ""), ("before", "_before")):
+        row = next(line for line in printed.splitlines() if f" {when} adaptation" in line)
+        for name in ("cross_entropy", "calibration_error"):
+            value, half = (float(metrics[f"test/{key}{suffix}"]) for key in (name, f"{name}_interval95"))
+            assert f"{value:.4g} ± {half:.2g}" in row
