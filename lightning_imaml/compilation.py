@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Below Lightning's logger, so that its handler shows compile times beside the Trainer's own messages.
 _log = logging.getLogger("lightning.pytorch.lightning_imaml")
-_MOST_KEPT = 64
+_MOST_KEPT = 256
 
 
 class Tasks(Protocol):
@@ -67,11 +67,11 @@ class _Known:
 
     leaves: list[Tensor]
     structure: pytree.TreeSpec
-    key: Hashable
+    key: tuple[Hashable, ...]
     found: dict[Hashable, _Kept] = field(default_factory=dict)
 
 
-_kept: dict[Hashable, _Kept] = {}
+_kept: dict[tuple[Hashable, tuple[Hashable, ...]], _Kept] = {}
 _known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
 
 
@@ -121,18 +121,21 @@ def _compiled(
         ) from error
     kept = known.found.get(call)
     if kept is None:
-        kept = known.found[call] = _kept.setdefault((call, known.key), _Kept())
+        # Taken out and put in again, at the end: the first are those that were not used for longest.
+        kept = known.found[call] = _kept[call, known.key] = _kept.pop((call, known.key), _Kept())
         while len(_kept) > _MOST_KEPT:
             del _kept[next(iter(_kept))]
     if kept.compiled is None and not kept.failed:
         try:
             kept.compiled = _compile(function, batch, known, arguments, kind)
         except Exception as error:  # Whatever the compiler cannot do, the code itself still can.
+            # Once for each network and loss, whatever the shapes.
+            told = any(other.failed for (_, key), other in _kept.items() if key[0] == known.key[0])
             kept.failed = True
-            if not any(other.failed for other in _kept.values() if other is not kept):
+            if not told:
                 warnings.warn(
                     f"compile=True must have a working compiler and a network that it can trace; found "
-                    f"{type(error).__name__}: {_first_line(error)}. Going on without compiling.",
+                    f"{type(error).__name__}: {first_line(error)}. Going on without compiling.",
                     stacklevel=2,
                 )
     return kept.compiled
@@ -256,5 +259,6 @@ def _shapes(tensors: Iterable[Tensor]) -> Hashable:
     return tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["no message"])[0]
+def first_line(error: Exception) -> str:
+    """An error's message without the rest of its story."""
+    return (str(error).splitlines() or ["no message"])[0].rstrip(".")

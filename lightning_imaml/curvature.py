@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_imaml import compilation
-from lightning_imaml.component import Component
+from lightning_imaml.component import Component, require
 from lightning_imaml.tasks import InnerProblem
 
 
@@ -29,15 +29,26 @@ class Linearization(NamedTuple):
 
 
 class Curvature(Component, ABC):
-    """Which second derivative of the support loss the implicit system and the Hessian-free solver use."""
+    """Which second derivative of the support loss the implicit system and the Hessian-free solver use.
+
+    ``damping`` adds that multiple of the identity to the matrix, for every solver that multiplies with it.
+    """
+
+    damping: float = 0.0
 
     def linearize(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
         """Linearise G around ``parameters``, ``[T, D]``."""
-        return Linearization(*compilation.run_linear(self.expand, problem, parameters))
+        gradient, product = compilation.run_linear(self.expand, problem, parameters)
+        if not self.damping:
+            return Linearization(gradient, product)
+        return Linearization(gradient, lambda vector: torch.add(product(vector), vector, alpha=self.damping))
 
     @abstractmethod
     def expand(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
-        """What :meth:`linearize` compiles where the user asked for it."""
+        """What :meth:`linearize` compiles where the user asked for it, without damping."""
+
+    def __post_init__(self) -> None:
+        require(self.damping >= 0, self, "damping", "zero or positive", self.damping, "Use 0 for no damping.")
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,15 @@ class Hessian(Curvature):
     """The exact Hessian ∇²L + ∇²R, by differentiating the gradient's graph (reverse over reverse).
 
     Away from a minimum of L it can be indefinite; conjugate gradient then stops early and reports it.
+
+    Args:
+        damping: times the identity, added to the matrix.
+
+    Raises:
+        ValueError: ``damping`` is negative.
     """
+
+    damping: float = 0.0
 
     def expand(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
         """Linearise G around ``parameters``, ``[T, D]``, with plain PyTorch."""
@@ -72,7 +91,15 @@ class GaussNewton(Curvature):
     (`Schraudolph, 2002 <https://doi.org/10.1162/08997660260028683>`_). Where the loss is convex in the outputs
     (cross-entropy, squared error), Jᵀ H_out J is positive semi-definite everywhere; it equals ∇²L where the network is
     linear in its parameters or fits its support set exactly.
+
+    Args:
+        damping: times the identity, added to the matrix.
+
+    Raises:
+        ValueError: ``damping`` is negative.
     """
+
+    damping: float = 0.0
 
     def expand(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
         """Linearise G around ``parameters``, ``[T, D]``, with plain PyTorch."""

@@ -218,7 +218,16 @@ def meta_gradient(
     if on_bad_task not in ("raise", "skip"):
         raise ValueError(f"on_bad_task must be 'raise' or 'skip'; found {on_bad_task!r}.")
     flat, parts = _prepare(
-        model, episode, loss, outer_loss or loss, regularizer, strengths, chunk_size, compile, full_precision
+        model,
+        episode,
+        loss,
+        outer_loss or loss,
+        regularizer,
+        strengths,
+        chunk_size,
+        compile,
+        full_precision,
+        estimator.differentiated_steps(inner_solver),
     )
 
     def solve(tasks: Tensor) -> MetaGradient:
@@ -277,6 +286,7 @@ def _prepare(
     chunk_size: int | None,
     compile: bool,
     full_precision: bool,
+    differentiated_steps: int = 0,
 ) -> tuple[FlatModel, Callable[[Episode], Iterator[tuple[InnerProblem, TaskLoss]]]]:
     """Check everything once; what is returned with the network cuts an episode into chunks of tasks."""
     _check_chunk_size(chunk_size)
@@ -303,7 +313,10 @@ def _prepare(
         # Made when the solves begin, outside inference mode.
         values = regularizer.init(flat) if strengths is None else flat.cast(dict(strengths))
         initial = flat.initial()
-        for part in episode.split(chunk_size or default_chunk_size(flat, episode.support_inputs, episode.tasks)):
+        size = chunk_size or default_chunk_size(
+            flat, episode.support_inputs, episode.tasks, episode.query_inputs, differentiated_steps
+        )
+        for part in episode.split(size):
             tasks = Episode(*flat.cast(ordinary(tuple(part))))
             support = TaskLoss(flat, loss, tasks.support_inputs, tasks.support_targets, support_classes)
             query = TaskLoss(flat, outer_loss, tasks.query_inputs, tasks.query_targets, query_classes)
@@ -335,15 +348,23 @@ def _check_chunk_size(chunk_size: int | None) -> None:
 
 @contextmanager
 def _precision(flat: FlatModel, full: bool) -> Iterator[None]:
-    """Leave inference mode, which cannot differentiate, and autocast: a bf16 Hessian product is wrong by 5e-3."""
+    """Leave inference mode, which cannot differentiate, and what rounds: a bf16 Hessian product is wrong by 5e-3."""
     default = torch.get_default_dtype()
+    tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     with torch.inference_mode(False), torch.autocast(flat.device.type, enabled=False) if full else nullcontext():
         if flat.dtype != flat.stored_dtype:  # What the network makes anew must fit, too.
             torch.set_default_dtype(flat.dtype)
+        if full:  # PyTorch's default lets convolutions on a GPU round their inputs to 10 bits.
+            _allow_tf32(False, False)
         try:
             yield
         finally:
             torch.set_default_dtype(default)
+            _allow_tf32(*tf32)
+
+
+def _allow_tf32(convolutions: bool, products: bool) -> None:
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
 
 
 def _join(flat: FlatModel, estimates: list[Estimate], tol: float, tasks: Tensor) -> MetaGradient:

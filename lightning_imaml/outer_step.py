@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -17,23 +18,13 @@ from torch.optim.optimizer import Optimizer
 
 from lightning_imaml.functional import MetaGradient
 from lightning_imaml.metrics import is_classification
+from lightning_imaml.random_states import random_states, set_random_states
 
 _MOST_EMPTY_STEPS = 20
 
 
 def _tracks_statistics(module: nn.Module) -> bool:
     return any(isinstance(layer, _NormBase) and layer.running_mean is not None for layer in module.modules())
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def _set_random_states(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0].cpu())
-    if device.type == "cuda" and len(states) > 1:
-        torch.cuda.set_rng_state(states[1].cpu(), device)
 
 
 def surrogate(result: MetaGradient, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -116,8 +107,16 @@ class OuterStep(LightningModule):
     def outer_state(self) -> dict[str, Any]:
         """What a checkpoint must hold, besides Lightning's own, to go on bit for bit: plain tensors and numbers."""
         state: dict[str, Any] = {"random": self._random}
-        # Before their all-reduce, every rank's gradients are its own, and rank zero alone writes.
-        if self._tasks_of_step and self.trainer.world_size == 1:
+        if not self._tasks_of_step:
+            return state
+        if self.trainer.world_size > 1:
+            # Before their all-reduce, every rank's gradients are its own, and rank zero alone writes.
+            rank_zero_warn(
+                "a checkpoint must be saved between meta-steps to go on exactly, where several ranks accumulate; found "
+                f"one in the middle of a meta-step of {self.accumulate_meta_batches} batches, which will be a smaller "
+                "one after a resume. Save every multiple of accumulate_meta_batches batches."
+            )
+        else:
             gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
             state |= {"tasks": self._tasks_of_step, "gradients": gradients}
         return state
@@ -140,14 +139,14 @@ class OuterStep(LightningModule):
         What loaders and validation draw depends on where a run was interrupted. The stream starts as a copy of the
         global one.
         """
-        outside = _random_states(self.device)
+        outside = random_states(self.device)
         if self._random is not None:
-            _set_random_states(self._random, self.device)
+            set_random_states(self._random, self.device)
         try:
             yield
         finally:
-            self._random = _random_states(self.device)
-            _set_random_states(outside, self.device)
+            self._random = random_states(self.device)
+            set_random_states(outside, self.device)
 
     def on_train_start(self) -> None:
         """Refuse ranks with different numbers of batches, which would wait for one another for ever."""

@@ -6,6 +6,7 @@ Row i of a parameter matrix holds all trainable parameters of the network that t
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping
@@ -15,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.linalg import vector_norm
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from lightning_imaml import compilation
+from lightning_imaml.random_states import random_states, set_random_states
 from lightning_imaml.regularizers.base import Regularizer
 
 if TYPE_CHECKING:
@@ -278,7 +281,8 @@ def _gradient(problem: InnerProblem, parameters: Tensor) -> Tensor:
     return gradient + problem.regularizer.gradient(parameters, problem.initial, problem.strengths)
 
 
-_one_by_one: weakref.WeakSet[Any] = weakref.WeakSet()
+_batched: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+"""Whether functions of an owner could be batched when they last ran."""
 
 
 def over_tasks(function: Callable[..., Any], owner: Any, *trees: Any) -> Any:
@@ -292,21 +296,43 @@ def over_tasks(function: Callable[..., Any], owner: Any, *trees: Any) -> Any:
     Returns:
         The stacked results, ``[T, ...]``.
     """
-    tasks = pytree.tree_leaves(trees)[0].shape[0]
-    # One task needs no batching rules.
-    if tasks > 1 and owner not in _one_by_one:
-        try:
-            return vmap(function, randomness="different")(*trees)
-        except Exception as error:
-            results = _in_turn(function, tasks, trees)  # Raises by itself what is wrong with the function.
-            _one_by_one.add(owner)
-            warnings.warn(
-                f"{getattr(owner, '__name__', type(owner).__name__)} must consist of operations that torch.func.vmap "
-                f"can batch; found {str(error).splitlines()[0]} Going on one task at a time, which is slower.",
-                stacklevel=2,
-            )
-            return results
-    return _in_turn(function, tasks, trees)
+    first = pytree.tree_leaves(trees)[0]
+    known = _remembered(owner)
+    if first.shape[0] == 1 or known is False:  # One task needs no batching rules.
+        return _in_turn(function, first.shape[0], trees)
+    if get_proxy_mode() is not None:  # What the recording for the compiler cannot do says nothing of plain PyTorch.
+        return vmap(function, randomness="different")(*trees)
+    # Not of a known one: on a GPU, it would wait for the device in every step.
+    random = None if known else random_states(first.device)
+    try:
+        results = vmap(function, randomness="different")(*trees)
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(f"{error} Lower chunk_size, so that fewer tasks go at once.") from error
+    except Exception as error:
+        if random is not None:  # As a process would go on that knows already.
+            set_random_states(random, first.device)
+        results = _in_turn(function, first.shape[0], trees)  # Raises by itself what is wrong with the function.
+        _remember(owner, False)
+        warnings.warn(
+            f"{getattr(owner, '__name__', type(owner).__name__)} must consist of operations that torch.func.vmap can "
+            f"batch; found {compilation.first_line(error)}. Going on one task at a time, which is slower.",
+            stacklevel=2,
+        )
+    else:
+        if known is None:
+            _remember(owner, True)
+    return results
+
+
+def _remembered(owner: Any) -> bool | None:
+    with contextlib.suppress(TypeError):  # Neither hashable nor weakly referenced is no error, only forgotten.
+        return _batched.get(owner)
+    return None
+
+
+def _remember(owner: Any, batched: bool) -> None:
+    with contextlib.suppress(TypeError):
+        _batched[owner] = batched
 
 
 def _in_turn(function: Callable[..., Any], tasks: int, trees: tuple[Any, ...]) -> Any:

@@ -77,3 +77,22 @@ def test_another_shape_is_measured_anew():
     flat = FlatModel(TanhNet())
     few, many = (chunks._bytes_of_a_task(flat, torch.rand(2, count, 3)) for count in (2, 20))
     assert few < many
+
+
+class _Device:
+    total_memory = 2**30
+
+
+def test_on_a_gpu_the_estimator_and_the_query_set_count(monkeypatch):
+    """A share of the memory over what is held at once; logic only, without a GPU."""
+    flat, support, query = FlatModel(Conv4(5)), torch.rand(64, 5, 1, 28, 28), torch.rand(64, 75, 1, 28, 28)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: _Device)
+    work = {count: chunks._bytes_of_a_task(flat, images) for count, images in ((5, support), (75, query))}
+    monkeypatch.setattr(chunks, "_bytes_of_a_task", lambda model, inputs: work[inputs.shape[1]])
+    flat.device = torch.device("cuda", 0)
+    seen = []
+    monkeypatch.setattr(chunks, "even", lambda tasks, most: seen.append(most))
+    chunks.default_chunk_size(flat, support, 64, support)
+    chunks.default_chunk_size(flat, support, 64, support, differentiated_steps=16)
+    chunks.default_chunk_size(flat, support, 64, query)
+    assert seen == [2**28 // (8 * work[5]), 2**28 // (56 * work[5]), 2**28 // (3 * work[75])]

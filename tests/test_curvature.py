@@ -9,6 +9,7 @@ from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
 
 from lightning_imaml.curvature import GaussNewton, Hessian
+from lightning_imaml.inner import HessianFree
 from lightning_imaml.regularizers import Proximal
 from lightning_imaml.tasks import FlatModel, InnerProblem, TaskLoss
 
@@ -37,11 +38,11 @@ def dense(curvature, loss, net, flat, row, inputs, targets):
         out = outputs(row)
         bend = hessian(lambda o: loss(o, targets))(out).reshape(out.numel(), out.numel())
         matrix = jacobian.T @ bend @ jacobian
-    return matrix + 0.7 * torch.eye(len(row), dtype=row.dtype)
+    return matrix + (0.7 + curvature.damping) * torch.eye(len(row), dtype=row.dtype)
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("curvature", [Hessian(), GaussNewton()], ids=str)
+@pytest.mark.parametrize("curvature", [Hessian(), GaussNewton(), Hessian(0.4), GaussNewton(0.4)], ids=str)
 def test_products_equal_the_dense_matrix(case, curvature):
     loss, episode = CASES[case]
     torch.manual_seed(1)
@@ -62,6 +63,19 @@ def test_products_equal_the_dense_matrix(case, curvature):
     )
     # One linearisation serves many products.
     torch.testing.assert_close(linearization.product(vector), product)
+
+
+def test_damping_reaches_the_hessian_free_solver():
+    """With a matrix that is all damping, its step is a gradient step of length 1/damping."""
+    problem = problem_of(F.mse_loss, regression_episode(3), TanhNet().double())
+    step = HessianFree(1, curvature=Hessian(damping=1e6)).solve(problem, problem.start()).parameters - problem.start()
+    expected = -problem.gradient(problem.start()) / 1e6
+    torch.testing.assert_close(step, expected, rtol=1e-4, atol=0)
+
+
+def test_negative_damping_is_refused():
+    with pytest.raises(ValueError, match=r"Hessian: damping must be zero or positive; found -1\.0"):
+        Hessian(damping=-1.0)
 
 
 def test_gauss_newton_is_definite_where_the_hessian_is_not():

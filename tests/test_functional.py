@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import dataclass
+
 import pytest
 import torch
 from conftest import TanhNet, class_episode, regression_episode
@@ -204,7 +207,7 @@ def deciding_loss(outputs, targets):
 def test_what_cannot_be_batched_goes_one_task_at_a_time_with_one_warning(estimator):
     torch.manual_seed(0)
     net, settings = Deciding().double(), {"loss": deciding_loss, "estimator": estimator}
-    tasks._one_by_one.clear()
+    tasks._batched.clear()
     with pytest.warns(UserWarning, match=r"must consist of operations that .*vmap.*item") as seen:
         batch = meta_gradient(net, regression_episode(), chunk_size=4, **settings)
     assert sorted(str(w.message).split()[0] for w in seen) == ["Deciding", "deciding_loss"]
@@ -225,3 +228,90 @@ def test_an_error_of_the_network_itself_is_not_taken_for_a_missing_batching_rule
 
     with pytest.raises(ZeroDivisionError, match="of the network"):
         meta_gradient(Broken().double(), regression_episode(), loss=F.mse_loss)
+
+
+class Noisy(Deciding):
+    """Draws random numbers before it does what vmap cannot batch."""
+
+    def forward(self, inputs):
+        return super().forward(inputs + 0.1 * torch.randn_like(inputs))
+
+
+def test_the_attempt_to_batch_leaves_the_random_numbers_to_the_tasks():
+    """So that a resumed run, which tries again, goes on like one that knows already."""
+    net = Noisy().double()
+    tasks._batched.clear()
+    losses = []
+    for attempt in range(2):
+        torch.manual_seed(0)
+        with pytest.warns(UserWarning, match="Noisy must consist") if attempt == 0 else nullcontext():
+            losses.append(meta_gradient(net, regression_episode(), loss=F.mse_loss, estimator=FirstOrder()).loss)
+    assert torch.equal(*losses)
+
+
+@dataclass
+class Forgotten:
+    """Not hashable, as plain dataclasses are."""
+
+    scale: float = 1.0
+
+    def __call__(self, outputs, targets):
+        return self.scale * F.mse_loss(outputs, targets)
+
+
+def test_a_loss_that_is_not_hashable_works(tanh_net):
+    plain = meta_gradient(tanh_net, regression_episode(), loss=F.mse_loss)
+    torch.testing.assert_close(meta_gradient(tanh_net, regression_episode(), loss=Forgotten()).loss, plain.loss)
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_missing_batching_rule():
+    class Huge(TanhNet):
+        def forward(self, inputs):
+            raise torch.OutOfMemoryError("out of memory.")
+
+    net = Huge().double()
+    with pytest.raises(torch.OutOfMemoryError, match=r"out of memory\. Lower chunk_size"):
+        meta_gradient(net, regression_episode(), loss=F.mse_loss, chunk_size=4)
+    assert net not in tasks._batched
+
+
+def test_an_error_without_a_message_is_no_other_error():
+    class Silent(TanhNet):
+        def forward(self, inputs):
+            if torch._C._functorch.is_batchedtensor(inputs):
+                raise NotImplementedError
+            return super().forward(inputs)
+
+    with pytest.warns(UserWarning, match=r"found no message\. Going on one task at a time"):
+        meta_gradient(Silent().double(), regression_episode(), loss=F.mse_loss)
+
+
+def test_a_network_that_differentiates_by_itself_gets_a_default_chunk_size(monkeypatch):
+    """PyTorch's derivatives of functions refuse the hooks that measure a task."""
+
+    class Differentiating(TanhNet):
+        def forward(self, inputs):
+            return super().forward(torch.func.grad(lambda x: x.square().sum())(inputs))
+
+    net = Differentiating().double()
+    by_default, single = (
+        meta_gradient(net, regression_episode(), loss=F.mse_loss, chunk_size=size).loss for size in (None, 1)
+    )
+    torch.testing.assert_close(by_default, single)
+
+
+def test_solves_do_not_round_to_tf32(monkeypatch, tanh_net):
+    """PyTorch's default lets convolutions round; the user's own setting is put back."""
+    seen = []
+
+    def loss(outputs, targets):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        return F.mse_loss(outputs, targets)
+
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    meta_gradient(tanh_net, regression_episode(), loss=loss)
+    assert set(seen) == {(False, False)}
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+    seen.clear()
+    meta_gradient(tanh_net, regression_episode(), loss=loss, full_precision=False)
+    assert set(seen) == {before}

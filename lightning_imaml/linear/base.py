@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_imaml.component import Component
@@ -43,3 +44,12 @@ class LinearSolver(Component, ABC):
             matvec: v ↦ A v, ``[T, D]`` to ``[T, D]``, row by row.
             rhs: b, ``[T, D]``.
         """
+
+
+def random_signs(rhs: Tensor, count: int) -> Iterator[Tensor]:
+    """Vectors of random signs, the same for every task and in every solve: ``count`` of ``[T, D]``."""
+    # Drawn on the CPU from a seed of its own: the same on every device, and the user's random state stays.
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        signs = torch.randint(0, 2, rhs.shape[1:], generator=generator).to(rhs) * 2 - 1
+        yield signs.expand_as(rhs).contiguous()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from lightning_imaml.component import require
-from lightning_imaml.linear.base import LinearSolution, LinearSolver, MatVec
+from lightning_imaml.linear.base import LinearSolution, LinearSolver, MatVec, random_signs
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,8 @@ class ConjugateGradient(LinearSolver):
 
     def _jacobi(self, matvec: MatVec, rhs: Tensor) -> Tensor:
         """The inverse of A's estimated diagonal: ``[T, D]``."""
-        # Drawn on the CPU from a seed of its own: the same on every device, and the user's random state stays.
-        generator = torch.Generator().manual_seed(0)
         diagonal = torch.zeros_like(rhs)
-        for _ in range(self.jacobi_probes):
-            signs = torch.randint(0, 2, rhs.shape[1:], generator=generator).to(rhs) * 2 - 1
-            probe = signs.expand_as(rhs).contiguous()
+        for probe in random_signs(rhs, self.jacobi_probes):
             diagonal.addcmul_(probe, matvec(probe))
         # A product that is not finite is reported by the iterations, which meet it too.
         diagonal = (diagonal / self.jacobi_probes + self.damping).abs().nan_to_num(0, 0)

@@ -15,10 +15,8 @@ class Direct(LinearSolver):
     """Builds A from D products and solves it by LU factorisation, definite or not.
 
     Needs T·D² numbers and D products, so it is for small D: references, tests, heads. ``indefinite`` comes from the
-    smallest eigenvalue. SciPy's equivalent is ``scipy.linalg.solve``.
-
-    Raises:
-        RuntimeError: a system is singular to working precision.
+    smallest eigenvalue. A task whose system is singular gets x = 0 and is not converged. SciPy's equivalent is
+    ``scipy.linalg.solve``.
     """
 
     def solve(self, matvec: MatVec, rhs: Tensor) -> LinearSolution:
@@ -28,7 +26,8 @@ class Direct(LinearSolver):
             matvec(unit.expand_as(rhs).contiguous()) for unit in torch.eye(size, dtype=rhs.dtype, device=rhs.device)
         ]
         matrix = torch.stack(columns, dim=2)
-        value = torch.linalg.solve(matrix, rhs)
+        value, failed = torch.linalg.solve_ex(matrix, rhs)
+        value = torch.where(failed.unsqueeze(1) > 0, 0, value)
         norm = rhs.norm(dim=1)
         error = (rhs - (matrix @ value.unsqueeze(2)).squeeze(2)).norm(dim=1)
         residual = torch.where(norm == 0, 0, error / norm)

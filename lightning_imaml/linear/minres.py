@@ -78,7 +78,8 @@ class MinRes(LinearSolver):
         # Measured, not the recurrence's phi: this solver makes references.
         error = vector_norm(rhs - matvec(x), dim=1)
         residual = torch.where(norm == 0, 0, error / norm).masked_fill(broken, torch.nan)
-        return LinearSolution(x, steps, residual, (phi <= self.rtol * norm) & ~broken, indefinite)
+        converged = residual <= self.rtol + 10 * torch.finfo(rhs.dtype).eps  # NaN compares false.
+        return LinearSolution(x, steps, residual, converged, indefinite)
 
 
 def _divide(rows: Tensor, by: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
 from lightning_imaml.component import require
-from lightning_imaml.linear.base import LinearSolution, LinearSolver, MatVec
+from lightning_imaml.linear.base import LinearSolution, LinearSolver, MatVec, random_signs
 
 _POWER_STEPS = 5
 _MARGIN = 1.2
@@ -22,8 +22,8 @@ class Neumann(LinearSolver):
     .. math:: x = η \sum_{j=0}^{\text{terms} - 1} (I - ηA)^j b
 
     It converges where A is positive definite and η < 2/λ_max. With ``step`` given, that is checked as it goes: a task
-    whose terms grow stops, keeps what it had and is not converged. Without, η = 1/λ_max, with λ_max estimated for
-    every task by 5 power iterations from b (5 more products) and a margin of 20 %.
+    whose terms grow stops, keeps what it had and is not converged. Without, η is about 1/λ_max, which is estimated for
+    every task by 5 power iterations (5 more products) with a margin of 20 %.
 
     Args:
         terms: terms of the series; each but the first costs one product with A, and so does the residual.
@@ -51,7 +51,7 @@ class Neumann(LinearSolver):
         steps = torch.zeros_like(norm, dtype=torch.long)
         if self.step is None:
             eta = _inverse_norm(matvec, rhs)
-            steps += _POWER_STEPS
+            steps += _POWER_STEPS * (norm > 0)
         else:
             eta = torch.full_like(norm, self.step)
         term, x = rhs.clone(), torch.zeros_like(rhs)
@@ -78,8 +78,10 @@ class Neumann(LinearSolver):
 
 
 def _inverse_norm(matvec: MatVec, rhs: Tensor) -> Tensor:
-    """1/λ_max for every task, from below."""
-    v = rhs
+    """About 1/λ_max for every task."""
+    # From b and, in case b has nothing of the largest eigenvector, random signs: shorter, so that nothing cancels.
+    (signs,) = random_signs(rhs, 1)
+    v = rhs + 0.5 * vector_norm(rhs, dim=1, keepdim=True) / rhs.shape[1] ** 0.5 * signs
     for _ in range(_POWER_STEPS):
         v = v / vector_norm(v, dim=1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
         v = matvec(v)

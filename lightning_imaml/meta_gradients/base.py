@@ -53,6 +53,10 @@ class Estimator(Component, ABC):
             inner_solver: what adapts.
         """
 
+    def differentiated_steps(self, inner_solver: InnerSolver) -> int:
+        """How many inner steps keep their graph at once; memory grows with them."""
+        return 0
+
 
 def query_gradient(query: TaskLoss, parameters: Tensor) -> tuple[Tensor, Any, Tensor]:
     """Q ``[T]``, the outputs, and ∇Q ``[T, D]`` at adapted parameters; its graph is gone on return."""

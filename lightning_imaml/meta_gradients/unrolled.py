@@ -23,15 +23,21 @@ class Unrolled(Estimator):
 
     def estimate(self, problem: InnerProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
         """Adapt, judge and differentiate, see :meth:`Estimator.estimate`."""
-        return _through_steps(problem, query, inner_solver, inner_solver.steps)
+        return _through_steps(problem, query, inner_solver, self.differentiated_steps(inner_solver))
+
+    def differentiated_steps(self, inner_solver: InnerSolver) -> int:
+        """All of them."""
+        return inner_solver.steps
 
 
 @dataclass(frozen=True)
 class Truncated(Estimator):
-    """Back-propagation through the last inner steps alone (`Shaban et al., 2019 <https://arxiv.org/abs/1810.10667>`_).
+    """Back-propagation through the last inner steps alone.
 
     The iterate before them counts as θ plus a constant: with all steps this is :class:`Unrolled`, with none
-    :class:`FirstOrder`. Memory grows with ``last_steps``, not with the inner steps.
+    :class:`FirstOrder`. Memory grows with ``last_steps``, not with the inner steps. `Shaban et al. (2019)
+    <https://arxiv.org/abs/1810.10667>`_ truncate a hyper-parameter's gradient, for which the iterate before the last
+    steps is a constant alone; where θ is what the last steps are pulled to, their sum lacks what comes through θ here.
 
     Args:
         last_steps: how many of the last steps to differentiate.
@@ -56,7 +62,11 @@ class Truncated(Estimator):
             )
         if self.last_steps == 0:
             refuse_strengths(self, problem)
-        return _through_steps(problem, query, inner_solver, self.last_steps)
+        return _through_steps(problem, query, inner_solver, self.differentiated_steps(inner_solver))
+
+    def differentiated_steps(self, inner_solver: InnerSolver) -> int:
+        """The last ones."""
+        return self.last_steps
 
 
 def _through_steps(problem: InnerProblem, query: TaskLoss, inner_solver: InnerSolver, steps: int) -> Estimate:
