@@ -38,6 +38,7 @@ NAMES = {
     ],
     "lightning_imaml.data": ["EpisodicDataModule", "GlyphDataModule", "OmniglotDataModule"],
     "lightning_imaml.models": ["Conv4", "use_batch_statistics"],
+    "lightning_imaml.checkpoints": ["AtomicCheckpointIO"],
     "lightning_imaml.metrics": ["EpisodicAccuracy", "EpisodicInterval95"],
 }
 SETTINGS = [
@@ -63,8 +64,8 @@ def test_no_file_is_long(path):
 # Each room may import from the rooms before it.
 ROOMS = [
     "_version", "component", "phases", "episodes", "bad_tasks", "regularizers", "matrix_form", "compilation", "tasks",
-    "curvature", "linear", "inner", "meta_gradients", "functional", "metrics", "task_mean", "outer_step", "module",
-    "callbacks", "data", "models", "cli",
+    "curvature", "linear", "inner", "meta_gradients", "functional", "metrics", "task_mean", "outer_step",
+    "checkpoints", "module", "callbacks", "data", "models", "cli",
 ]  # fmt: skip
 
 
