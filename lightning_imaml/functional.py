@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from lightning_imaml import bad_tasks
+from lightning_imaml.chunks import default_chunk_size
 from lightning_imaml.episodes import Episode, ordinary
 from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import LinearSolution
@@ -88,7 +89,7 @@ def adapt(
         inner_solver: what minimises G = L + R.
         regularizer: R.
         strengths: the regulariser's learned values; None takes their first values.
-        chunk_size: the most tasks at once, which bounds memory; None takes all.
+        chunk_size: the most tasks at once, which bounds memory; None chooses it from the size of a task.
         compile: run the inner loop and the linear solve through ``torch.compile``. Each new shape of batch takes about
             a minute to compile. Where that fails, one warning says why, and all runs as without. Pass the same loss
             object every time: another one is compiled anew.
@@ -122,7 +123,7 @@ def predict(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any, *, 
         model: the network that was adapted.
         parameters: ``Adapted.parameters``, name → ``[T, ...]``.
         inputs: ``[T, n, ...]``.
-        chunk_size: the most tasks at once; None takes all.
+        chunk_size: the most tasks at once; None chooses it from the size of a task.
 
     Returns:
         ``[T, n, ...]``, computed in the dtype of ``parameters``.
@@ -131,7 +132,7 @@ def predict(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any, *, 
     flat = FlatModel(model, dtype=next(iter(parameters.values())).dtype)
     rows = flat.flatten(parameters)
     inputs = flat.cast(inputs)
-    size = chunk_size or rows.shape[0]
+    size = chunk_size or default_chunk_size(flat, inputs, rows.shape[0])
     pieces = [
         flat(rows[k : k + size], pytree.tree_map(lambda t, k=k: t[k : k + size], inputs))
         for k in range(0, rows.shape[0], size)
@@ -156,7 +157,7 @@ def evaluate(
         inputs: ``[T, n, ...]``.
         targets: ``[T, n]`` or ``[T, n, ...]``.
         loss: ``loss(outputs, targets) -> scalar`` for one task.
-        chunk_size: the most tasks at once; None takes all.
+        chunk_size: the most tasks at once; None chooses it from the size of a task.
 
     Returns:
         The losses ``[T]`` and the outputs ``[T, n, ...]``.
@@ -199,7 +200,7 @@ def meta_gradient(
         estimator: what differentiates; the default is the paper's, with the exact Hessian.
         regularizer: R.
         strengths: the regulariser's learned values λ; None takes their first values.
-        chunk_size: the most tasks at once, which bounds memory; None takes all.
+        chunk_size: the most tasks at once, which bounds memory; None chooses it from the size of a task.
         compile: run the inner loop and the linear solve through ``torch.compile``. Each new shape of batch takes about
             a minute to compile. Where that fails, one warning says why, and all runs as without. Pass the same loss
             object every time: another one is compiled anew.
@@ -302,7 +303,7 @@ def _prepare(
         # Made when the solves begin, outside inference mode.
         values = regularizer.init(flat) if strengths is None else flat.cast(dict(strengths))
         initial = flat.initial()
-        for part in episode.split(chunk_size):
+        for part in episode.split(chunk_size or default_chunk_size(flat, episode.support_inputs, episode.tasks)):
             tasks = Episode(*flat.cast(ordinary(tuple(part))))
             support = TaskLoss(flat, loss, tasks.support_inputs, tasks.support_targets, support_classes)
             query = TaskLoss(flat, outer_loss, tasks.query_inputs, tasks.query_targets, query_classes)

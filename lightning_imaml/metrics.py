@@ -1,12 +1,21 @@
-"""Accuracy over few-shot tasks and its confidence interval."""
+"""Metrics of few-shot tasks: each task counts once, and the mean over tasks has a confidence interval."""
 
 from __future__ import annotations
 
+import copy
+from abc import abstractmethod
+from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+_instances = count()
 
 
 def is_classification(outputs: Any, targets: Any) -> bool:
@@ -20,47 +29,80 @@ def is_classification(outputs: Any, targets: Any) -> bool:
     )
 
 
-class EpisodicAccuracy(Metric):
-    """The mean over tasks of each task's accuracy on its query set, a fraction in 0 … 1.
+class EpisodicMean(Metric):
+    """The base of metrics that are a mean over tasks; a subclass gives the value of each task.
 
-    Every task counts the same, whatever its number of queries; sums are reduced over processes, so uneven shares are
-    right.
+    Every task counts the same, whatever its number of queries and the process that saw it. Mean and deviation are
+    joined over batches and processes by the update of `Chan, Golub and LeVeque (1983)
+    <https://doi.org/10.1080/00031305.1983.10483115>`_, which loses no digits where the mean is large.
+
+    Args:
+        interval95: compute half the width of the mean's 95 % interval instead of the mean: 1.96 s/√T, with s the
+            standard deviation over the T tasks; 0 for a single task, which has no deviation.
+        **kwargs: those of ``torchmetrics.Metric``.
     """
 
     is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    total: Tensor
-    squares: Tensor
+    full_state_update = True  # of ``forward``, which otherwise would add states up by itself
     tasks: Tensor
+    mean: Tensor
+    deviation: Tensor
+    instance: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, interval95: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name in ("total", "squares", "tasks"):
-            self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
+        self.interval95 = interval95
+        for name in ("tasks", "mean", "deviation"):
+            self.add_state(name, torch.tensor(0.0), dist_reduce_fx=None)
+        # A MetricCollection takes metrics for one and the same if their states happen to be equal after the first
+        # batch, as accuracy and F1 score are where all is right. This state tells all but copies apart.
+        self.add_state("instance", torch.tensor(float(next(_instances))), dist_reduce_fx="max")
 
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
+    @abstractmethod
+    def of_tasks(self, outputs: Any, targets: Any) -> Tensor:
+        """The value of each task, ``[T]``, from outputs ``[T, n, ...]`` and targets ``[T, n, ...]``."""
+
+    def update(self, outputs: Any, targets: Any) -> None:
         """Add tasks.
 
         Args:
-            outputs: logits ``[T, n, ways]``.
-            targets: class indices ``[T, n]``.
+            outputs: ``[T, n, ...]``; logits ``[T, n, ways]`` for classification.
+            targets: ``[T, n, ...]``; class indices ``[T, n]`` for classification.
         """
-        if not is_classification(outputs, targets):
-            raise ValueError(
-                f"{type(self).__name__} takes logits [tasks, samples, ways] and class indices [tasks, samples]; found "
-                f"{list(outputs.shape)} and {list(targets.shape)} {targets.dtype}. For other targets, return metrics "
-                "that suit them from IMAMLModule.configure_metrics."
-            )
-        accuracy = (outputs.argmax(dim=-1) == targets).float().mean(dim=1)
+        values = self.of_tasks(outputs, targets).detach().float()
+        mean = values.mean()
+        tasks = torch.stack([self.tasks, torch.full_like(self.tasks, values.numel())])
         # Not in place: processes that were spawned with this metric share its first tensors.
-        self.total = self.total + accuracy.sum()
-        self.squares = self.squares + accuracy.square().sum()
-        self.tasks = self.tasks + accuracy.numel()
+        self.tasks, self.mean, self.deviation = _joined(
+            tasks, torch.stack([self.mean, mean]), torch.stack([self.deviation, (values - mean).square().sum()])
+        )
 
     def compute(self) -> Tensor:
-        """The mean accuracy; NaN before the first task."""
-        return self.total / self.tasks
+        """The mean over tasks, NaN before the first; or half the width of its interval."""
+        # With several processes these are [processes].
+        tasks, mean, deviation = _joined(*(x.reshape(-1) for x in (self.tasks, self.mean, self.deviation)))
+        if not self.interval95:
+            return mean.where(tasks > 0, torch.nan)
+        return 1.96 * (deviation / (tasks - 1).clamp(min=1) / tasks).sqrt()
+
+
+def _joined(tasks: Tensor, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Number, mean and sum of squared deviations of several groups together, from those of each group."""
+    total = tasks.sum()
+    joint = (tasks * mean).sum() / total.clamp(min=1)
+    return total, joint, deviation.sum() + (tasks * (mean - joint).square()).sum()
+
+
+class EpisodicAccuracy(EpisodicMean):
+    """The mean over tasks of each task's accuracy on its query set, a fraction in 0 … 1."""
+
+    higher_is_better = True
+
+    def of_tasks(self, outputs: Any, targets: Any) -> Tensor:
+        """The accuracy of each task, ``[T]``."""
+        _require_classification(self, outputs, targets)
+        accuracy: Tensor = (outputs.argmax(dim=-1) == targets).float().mean(dim=1)
+        return accuracy
 
 
 class EpisodicInterval95(EpisodicAccuracy):
@@ -69,7 +111,121 @@ class EpisodicInterval95(EpisodicAccuracy):
     1.96 s/√T, with s the standard deviation over the T tasks; 0 for a single task, which has no deviation.
     """
 
-    def compute(self) -> Tensor:
-        """Half the interval's width, in the accuracy's unit."""
-        variance = (self.squares - self.total.square() / self.tasks).clamp(min=0) / (self.tasks - 1).clamp(min=1)
-        return 1.96 * (variance / self.tasks).sqrt()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(interval95=True, **kwargs)
+
+
+class EpisodicLoss(EpisodicMean):
+    """The mean over tasks of each task's loss on its query set.
+
+    Args:
+        loss: ``loss(outputs, targets) -> scalar`` for one task.
+        interval95: compute half the width of the 95 % interval instead.
+        **kwargs: those of ``torchmetrics.Metric``.
+    """
+
+    higher_is_better = False
+
+    def __init__(
+        self, loss: Callable[[Any, Any], Tensor] = F.cross_entropy, interval95: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(interval95, **kwargs)
+        self.loss = loss
+
+    def of_tasks(self, outputs: Any, targets: Any) -> Tensor:
+        """The loss of each task, ``[T]``."""
+        return _each(self.loss, outputs, targets)
+
+
+class EpisodicCalibrationError(EpisodicMean):
+    """The mean over tasks of each task's expected calibration error (`Guo et al. <https://arxiv.org/abs/1706.04599>`_).
+
+    The expected distance between confidence and accuracy, over bins of confidence of equal width. A task's query set is
+    small, and the error of a perfectly calibrated network is above zero on it: compare networks on the same tasks only.
+
+    Args:
+        bins: the number of bins.
+        interval95: compute half the width of the 95 % interval instead.
+        **kwargs: those of ``torchmetrics.Metric``.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, bins: int = 15, interval95: bool = False, **kwargs: Any) -> None:
+        super().__init__(interval95, **kwargs)
+        if bins < 1:
+            raise ValueError(f"bins must be at least 1; found {bins}. Guo et al. have 15.")
+        self.bins = bins
+
+    def of_tasks(self, outputs: Any, targets: Any) -> Tensor:
+        """The calibration error of each task, ``[T]``."""
+        _require_classification(self, outputs, targets)
+        ways = outputs.shape[-1]
+        return _each(lambda p, t: multiclass_calibration_error(p, t, ways, self.bins), outputs.softmax(-1), targets)
+
+
+class EpisodicMetric(EpisodicMean):
+    """The mean over tasks of any metric of torchmetrics, computed on each task by itself.
+
+    Example:
+        >>> from torchmetrics.classification import MulticlassF1Score
+        >>> f1 = EpisodicMetric(MulticlassF1Score(num_classes=5, average="macro"))
+
+    Args:
+        metric: takes a task's outputs ``[n, ...]`` and targets ``[n, ...]``, and computes one number.
+        interval95: compute half the width of the 95 % interval instead.
+        **kwargs: those of ``torchmetrics.Metric``.
+    """
+
+    def __init__(self, metric: Metric, interval95: bool = False, **kwargs: Any) -> None:
+        super().__init__(interval95, **kwargs)
+        self.metric = copy.deepcopy(metric)
+
+    def of_tasks(self, outputs: Any, targets: Any) -> Tensor:
+        """The metric of each task, ``[T]``."""
+        return _each(self._of_task, outputs, targets)
+
+    def _of_task(self, outputs: Any, targets: Any) -> Tensor:
+        self.metric.reset()
+        # ``forward``, not ``compute``: it gives this task's value without asking the other processes for theirs.
+        value = self.metric(outputs, targets)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            found = f"{list(value.shape)} numbers" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"metric must compute one number a task; found {found} from {type(self.metric).__name__}. "
+                "Set its average, or use one EpisodicMetric for each number."
+            )
+        return value.reshape(())
+
+
+def with_intervals(**metrics: EpisodicMean) -> MetricCollection:
+    """A collection of metrics, each with its 95 % interval beside it as ``<name>_interval95``.
+
+    What :meth:`lightning_imaml.IMAMLModule.configure_metrics` may return.
+
+    Example:
+        >>> sorted(with_intervals(accuracy=EpisodicAccuracy(), loss=EpisodicLoss()).keys())
+        ['accuracy', 'accuracy_interval95', 'loss', 'loss_interval95']
+    """
+    both: dict[str, Metric | MetricCollection] = {}
+    for name, metric in metrics.items():
+        both[name] = metric
+        interval = metric.clone()
+        interval.interval95 = True
+        both[f"{name}_interval95"] = interval
+    return MetricCollection(both)
+
+
+def _each(function: Callable[[Any, Any], Tensor], outputs: Any, targets: Any) -> Tensor:
+    tasks = pytree.tree_leaves(targets)[0].shape[0]
+    parts = ((pytree.tree_map(lambda x, k=k: x[k], tree) for tree in (outputs, targets)) for k in range(tasks))
+    return torch.stack([function(*part) for part in parts])
+
+
+def _require_classification(metric: Metric, outputs: Any, targets: Any) -> None:
+    if not is_classification(outputs, targets):
+        raise ValueError(
+            f"{type(metric).__name__} takes logits [tasks, samples, ways] and class indices [tasks, samples]; found "
+            f"{list(outputs.shape)} and {list(targets.shape)} {targets.dtype}. For other targets, return metrics "
+            "that suit them from IMAMLModule.configure_metrics."
+        )

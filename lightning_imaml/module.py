@@ -55,7 +55,7 @@ class IMAMLModule(OuterStep):
         gradient_clip_algorithm: clip by the "norm" of the whole gradient, or every entry by its "value".
         accumulate_meta_batches: average the meta-gradients of this many batches for one step; likewise. What is left at
             the end of an epoch makes a smaller step, as in the Trainer's own accumulation.
-        chunk_size: the most tasks at once, which bounds memory; None takes all.
+        chunk_size: the most tasks at once, which bounds memory; None chooses it from the size of a task.
         compile: run training and evaluation through ``torch.compile``, see
             :func:`lightning_imaml.functional.meta_gradient`.
         solve_precision: what the inner loop, the linear solve and the meta-gradient compute in: "full", float32 or more

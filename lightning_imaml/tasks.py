@@ -6,6 +6,7 @@ Row i of a parameter matrix holds all trainable parameters of the network that t
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
@@ -127,11 +128,7 @@ class FlatModel:
         def call(named: dict[str, Tensor], inputs: Any) -> Any:
             return functional_call(self.module, {**named, **(state or {})}, (inputs,))
 
-        named = self.unflatten(parameters)
-        if parameters.shape[0] == 1:
-            # One task needs no batching rules: operations that vmap cannot batch work with chunk_size=1.
-            return pytree.tree_map(lambda t: t.unsqueeze(0), call(_first(named), _first(inputs)))
-        return vmap(call, randomness="different")(named, inputs)
+        return over_tasks(call, self.module, self.unflatten(parameters), inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,10 +191,7 @@ class TaskLoss:
 
     def of(self, outputs: Any) -> Tensor:
         """The losses ``[T]`` of given outputs."""
-        if pytree.tree_leaves(outputs)[0].shape[0] == 1:
-            losses = self.loss(_first(outputs), _first(self.targets)).unsqueeze(0)
-        else:
-            losses = vmap(self.loss)(outputs, self.targets)
+        losses: Tensor = over_tasks(self.loss, getattr(self.loss, "__func__", self.loss), outputs, self.targets)
         if losses.ndim != 1:
             raise ValueError(
                 f"loss must give one number for each task; found a tensor of shape {list(losses.shape[1:])}. "
@@ -284,5 +278,43 @@ def _gradient(problem: InnerProblem, parameters: Tensor) -> Tensor:
     return gradient + problem.regularizer.gradient(parameters, problem.initial, problem.strengths)
 
 
-def _first(tree: Any) -> Any:
-    return pytree.tree_map(lambda t: t.squeeze(0), tree)
+_one_by_one: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def over_tasks(function: Callable[..., Any], owner: Any, *trees: Any) -> Any:
+    """Apply a function of one task to all tasks: at once where it can be batched, else one after the other.
+
+    Args:
+        function: takes the trees without their first dimension.
+        owner: what the function belongs to; it is remembered if it cannot be batched.
+        trees: pytrees of tensors ``[T, ...]``.
+
+    Returns:
+        The stacked results, ``[T, ...]``.
+    """
+    tasks = pytree.tree_leaves(trees)[0].shape[0]
+    # One task needs no batching rules.
+    if tasks > 1 and owner not in _one_by_one:
+        try:
+            return vmap(function, randomness="different")(*trees)
+        except Exception as error:
+            results = _in_turn(function, tasks, trees)  # Raises by itself what is wrong with the function.
+            _one_by_one.add(owner)
+            warnings.warn(
+                f"{getattr(owner, '__name__', type(owner).__name__)} must consist of operations that torch.func.vmap "
+                f"can batch; found {str(error).splitlines()[0]} Going on one task at a time, which is slower.",
+                stacklevel=2,
+            )
+            return results
+    return _in_turn(function, tasks, trees)
+
+
+def _in_turn(function: Callable[..., Any], tasks: int, trees: tuple[Any, ...]) -> Any:
+    if tasks == 1:  # Without the copies.
+        return pytree.tree_map(lambda t: t.unsqueeze(0), function(*pytree.tree_map(lambda t: t.squeeze(0), trees)))
+    leaves, structure = pytree.tree_flatten(trees)
+    results = [
+        function(*pytree.tree_unflatten(task, structure))
+        for task in zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
+    ]
+    return pytree.tree_map(lambda *parts: torch.stack(parts), *results)

@@ -112,6 +112,30 @@ def test_the_defaults_are_printed_in_full_and_can_be_read_again(tmp_path, capsys
     assert yaml.safe_load(capsys.readouterr().out) == printed
 
 
+DATA = {
+    "MiniImageNetDataModule": {"root": "photos", "on_broken": "skip"},
+    "OmniglotDataModule": {"root": "drawings", "rotations": "false"},
+    "CifarFSDataModule": {"root": "small"},
+    "ImageFolderDataModule": {"root": "mine", "small_classes": "skip", "split_file": "split.csv"},
+    "SinusoidDataModule": {"amplitude": "[1.0, 2.0]", "shots": "[5, 10]"},
+    "LinearRegressionDataModule": {"features": "3"},
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_every_data_module_takes_its_options_and_the_common_ones(name, capsys):
+    options = {**DATA[name], "tasks_per_batch": "3", "transform": "torchvision.transforms.v2.Identity"}
+    given = [argument for key, value in options.items() for argument in (f"--data.{key}", value)]
+    with pytest.raises(SystemExit) as ended:
+        cli.run(["fit", "--model", "IMAMLModule", "--data", name, *given, "--print_config"])
+    assert ended.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]
+    assert printed["transform"]["class_path"] == "torchvision.transforms.v2.Identity"
+    for key, value in {**DATA[name], "tasks_per_batch": "3"}.items():
+        assert printed[key] == yaml.safe_load(value)
+    assert "train" not in printed  # its own data is the only one
+
+
 @pytest.mark.parametrize(
     ("options", "unknown", "nearest"),
     [

@@ -26,21 +26,23 @@ NAMES = {
     "lightning_imaml.curvature": ["Hessian", "GaussNewton"],
     "lightning_imaml.linear": ["ConjugateGradient", "Direct", "MinRes", "Neumann"],
     "lightning_imaml.meta_gradients": ["Implicit", "FirstOrder", "Unrolled", "Truncated", "Reptile"],
-    "lightning_imaml.regularizers": ["Proximal"],
+    "lightning_imaml.regularizers": ["NoRegularizer", "Proximal"],
     "lightning_imaml.functional": ["adapt", "predict", "meta_gradient"],
     "lightning_imaml.callbacks": [
-        "MetaGradientErrorMonitor",
-        "PeakMemoryMonitor",
-        "LearningCurve",
-        "ResultsTable",
-        "AdaptationCurve",
-        "EpisodeGrid",
+        "MetaGradientErrorMonitor", "PeakMemoryMonitor", "LearningCurve", "ResultsTable",
+        "AdaptationCurve", "EpisodeGrid",
     ],
-    "lightning_imaml.data": ["EpisodicDataModule", "GlyphDataModule", "OmniglotDataModule"],
-    "lightning_imaml.models": ["Conv4", "use_batch_statistics"],
+    "lightning_imaml.data": [
+        "EpisodicDataModule", "GlyphDataModule", "OmniglotDataModule", "MiniImageNetDataModule", "CifarFSDataModule",
+        "ImageFolderDataModule", "TasksetDataModule", "SinusoidDataModule", "LinearRegressionDataModule", "PerSample",
+    ],
+    "lightning_imaml.models": ["Conv4", "MLP", "ResNet12", "WideResNet", "use_batch_statistics"],
     "lightning_imaml.checkpoints": ["AtomicCheckpointIO"],
-    "lightning_imaml.metrics": ["EpisodicAccuracy", "EpisodicInterval95"],
-}
+    "lightning_imaml.metrics": [
+        "EpisodicAccuracy", "EpisodicInterval95", "EpisodicLoss", "EpisodicCalibrationError", "EpisodicMetric",
+        "with_intervals",
+    ],
+}  # fmt: skip
 SETTINGS = [
     GradientDescent(0.1, 5, tol=1e-3), ConjugateGradient(7, 1e-3, 0.5), Direct(), MinRes(9), Hessian(), GaussNewton(),
     Implicit(ConjugateGradient(3), GaussNewton()), FirstOrder(), Proximal(0.3, learned=True), Nesterov(0.1, 5),

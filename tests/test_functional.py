@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightning_imaml import Episode
+from lightning_imaml import Episode, tasks
 from lightning_imaml.callbacks import LiveTensorBytes
 from lightning_imaml.curvature import GaussNewton, Hessian
 from lightning_imaml.functional import adapt, meta_gradient, predict
@@ -187,3 +187,41 @@ def test_inputs_may_be_dicts(tanh_net):
     plain = meta_gradient(tanh_net, episode, loss=F.mse_loss, chunk_size=3)
     split_up = meta_gradient(net, parts, loss=F.mse_loss, chunk_size=3)
     torch.testing.assert_close(split_up.grads["net.out.weight"], plain.grads["out.weight"])
+
+
+class Deciding(TanhNet):
+    """Decides by a value of its data, which vmap cannot batch."""
+
+    def forward(self, inputs):
+        return super().forward(inputs if inputs.mean().item() > -1e9 else -inputs)
+
+
+def deciding_loss(outputs, targets):
+    return F.mse_loss(outputs, targets) if outputs.mean().item() > -1e9 else outputs.sum()
+
+
+@pytest.mark.parametrize("estimator", [Implicit(), FirstOrder()])
+def test_what_cannot_be_batched_goes_one_task_at_a_time_with_one_warning(estimator):
+    torch.manual_seed(0)
+    net, settings = Deciding().double(), {"loss": deciding_loss, "estimator": estimator}
+    tasks._one_by_one.clear()
+    with pytest.warns(UserWarning, match=r"must consist of operations that .*vmap.*item") as seen:
+        batch = meta_gradient(net, regression_episode(), chunk_size=4, **settings)
+    assert sorted(str(w.message).split()[0] for w in seen) == ["Deciding", "deciding_loss"]
+    again = meta_gradient(net, regression_episode(), chunk_size=4, **settings)  # Without another warning.
+    single = meta_gradient(net, regression_episode(), chunk_size=1, **settings)
+    plain = TanhNet().double()
+    plain.load_state_dict(net.state_dict())
+    batched = meta_gradient(plain, regression_episode(), loss=F.mse_loss, estimator=estimator)
+    for name in batch.grads:
+        for other in (again, single, batched):
+            torch.testing.assert_close(batch.grads[name], other.grads[name], rtol=1e-9, atol=1e-12)
+
+
+def test_an_error_of_the_network_itself_is_not_taken_for_a_missing_batching_rule():
+    class Broken(TanhNet):
+        def forward(self, inputs):
+            raise ZeroDivisionError("of the network")
+
+    with pytest.raises(ZeroDivisionError, match="of the network"):
+        meta_gradient(Broken().double(), regression_episode(), loss=F.mse_loss)

@@ -5,9 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import distributed, multiprocessing
+from torch.nn import functional as F
 from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassF1Score
 
-from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95
+from lightning_imaml.metrics import (
+    EpisodicAccuracy,
+    EpisodicCalibrationError,
+    EpisodicInterval95,
+    EpisodicLoss,
+    EpisodicMetric,
+    with_intervals,
+)
 
 
 def test_mean_and_interval_are_those_of_numpy_over_tasks():
@@ -49,3 +59,145 @@ def test_a_single_task_has_no_interval():
 def test_other_targets_are_refused():
     with pytest.raises(ValueError, match=r"found \[2, 3, 1\] and \[2, 3, 1\] torch.float32.*configure_metrics"):
         EpisodicAccuracy().update(torch.zeros(2, 3, 1), torch.zeros(2, 3, 1))
+
+
+def batches():
+    """Batches of tasks of several sizes, none of which is alike."""
+    torch.manual_seed(0)
+    return [(torch.randn(tasks, n, 5), torch.randint(5, (tasks, n))) for tasks, n in ((4, 10), (3, 7), (1, 12))]
+
+
+def cross_entropy(outputs, targets):
+    return -(outputs - outputs.logsumexp(-1, keepdim=True))[torch.arange(len(targets)), targets].mean().item()
+
+
+def calibration_error(outputs, targets, bins=15):
+    """Guo et al. (2017), equation 3, bin by bin."""
+    confidence, predicted = outputs.softmax(-1).max(-1)
+    error = 0.0
+    for k in range(bins):
+        inside = (confidence > k / bins) & (confidence <= (k + 1) / bins)
+        if inside.any():
+            gap = confidence[inside].mean() - (predicted == targets)[inside].float().mean()
+            error += inside.float().mean().item() * gap.abs().item()
+    return error
+
+
+def macro_f1(outputs, targets):
+    """From its definition, over the classes that are there or predicted."""
+    predicted, scores = outputs.argmax(-1), []
+    for way in range(5):
+        hit = ((predicted == way) & (targets == way)).sum().item()
+        missed = ((predicted == way) != (targets == way)).sum().item()
+        if hit or missed:
+            scores.append(2 * hit / (2 * hit + missed))
+    return np.mean(scores)
+
+
+def f1_metric():
+    return EpisodicMetric(MulticlassF1Score(num_classes=5, average="macro"))
+
+
+# What is measured, and the value of one task from another library or straight from the paper.
+MEASURED = {
+    "accuracy": (EpisodicAccuracy, lambda o, t: (o.argmax(-1) == t).float().mean().item()),
+    "loss": (EpisodicLoss, cross_entropy),
+    "calibration error": (EpisodicCalibrationError, calibration_error),
+    "any metric of torchmetrics": (f1_metric, macro_f1),
+}
+
+
+def expected_of(name):
+    of_task = MEASURED[name][1]
+    values = [of_task(o, t) for outputs, targets in batches() for o, t in zip(outputs, targets, strict=True)]
+    return np.mean(values), 1.96 * np.std(values, ddof=1) / np.sqrt(len(values))
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_each_task_counts_once(name):
+    collection = with_intervals(it=MEASURED[name][0]())
+    for outputs, targets in batches():
+        collection.update(outputs, targets)
+    mean, interval = expected_of(name)
+    found = collection.compute()
+    assert found["it"].item() == pytest.approx(mean, rel=1e-5)
+    assert found["it_interval95"].item() == pytest.approx(interval, rel=1e-4)
+    collection.reset()
+    assert collection["it"].tasks == 0
+
+
+def test_a_large_mean_does_not_hide_a_small_deviation():
+    values = 1e5 + torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0])
+    metric = EpisodicLoss(lambda outputs, targets: outputs.mean(), interval95=True)
+    for value in values:
+        metric.update(value.view(1, 1, 1), torch.zeros(1, 1))
+    assert metric.compute().item() == pytest.approx(1.96 * np.std(values.numpy(), ddof=1) / np.sqrt(5), rel=1e-3)
+
+
+def test_metrics_that_agree_on_the_first_batch_stay_apart():
+    """torchmetrics joins metrics whose states are equal once; accuracy and F1 score are, where all is right."""
+    collection = with_intervals(accuracy=EpisodicAccuracy(), f1=f1_metric())
+    right = torch.arange(5).repeat(2, 1)
+    collection.update(F.one_hot(right).float(), right)
+    for outputs, targets in batches():
+        collection.update(outputs, targets)
+    alone = {"accuracy": EpisodicAccuracy(), "f1": f1_metric()}
+    for metric in alone.values():
+        metric.update(F.one_hot(right).float(), right)
+        for outputs, targets in batches():
+            metric.update(outputs, targets)
+    found = collection.compute()
+    assert found["accuracy"] == alone["accuracy"].compute() != found["f1"] == alone["f1"].compute()
+    assert sorted(map(sorted, collection.compute_groups.values())) == [
+        ["accuracy", "accuracy_interval95"],
+        ["f1", "f1_interval95"],
+    ]
+
+
+def test_forward_gives_the_batch_and_keeps_the_sum():
+    metric = EpisodicLoss()
+    for outputs, targets in batches():
+        alone = EpisodicLoss()
+        alone.update(outputs, targets)
+        assert metric(outputs, targets) == alone.compute()
+    assert metric.compute().item() == pytest.approx(expected_of("loss")[0], rel=1e-5)
+
+
+def test_before_the_first_task():
+    with pytest.warns(UserWarning, match="was called before the"):
+        assert EpisodicAccuracy().compute().isnan()
+
+
+def test_bad_metrics_are_explained():
+    each = EpisodicMetric(MulticlassF1Score(num_classes=5, average=None))
+    with pytest.raises(ValueError, match=r"one number a task; found \[5\] numbers from MulticlassF1Score\."):
+        each.update(*batches()[0])
+    with pytest.raises(ValueError, match="bins must be at least 1; found 0"):
+        EpisodicCalibrationError(bins=0)
+
+
+def _measure(rank, path, results):
+    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    collection = with_intervals(**{name.split()[0]: make() for name, (make, _) in MEASURED.items()})
+    # Uneven shares: seven tasks on one process, one on the other.
+    for outputs, targets in batches()[:2] if rank == 0 else batches()[2:]:
+        collection.update(outputs, targets)
+    results.put((rank, {name: value.item() for name, value in collection.compute().items()}))
+    distributed.destroy_process_group()
+
+
+def test_two_processes_give_what_one_would(tmp_path):
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=_measure, args=(rank, tmp_path / "store", results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = dict(results.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    for name in MEASURED:
+        mean, interval = expected_of(name)
+        for rank in range(2):
+            assert found[rank][name.split()[0]] == pytest.approx(mean, rel=1e-5)
+            assert found[rank][f"{name.split()[0]}_interval95"] == pytest.approx(interval, rel=1e-4)

@@ -132,8 +132,8 @@ class ResultsTable(Callback):
 
     def _see(self, module: Any, episode: Episode) -> None:
         self._tasks += episode.tasks
-        if self._protocol is None:
-            self._protocol = Protocol.of(module, episode)
+        protocol = Protocol.of(module, episode)
+        self._protocol = protocol if self._protocol is None else self._protocol.joined(protocol)
 
     def _build(self, trainer: Trainer, stage: str) -> Table:
         """The table of a finished evaluation; collective, for all ranks."""

@@ -1,45 +1,36 @@
-"""Few-shot episodes from any labelled dataset."""
+"""Few-shot classification tasks from any labelled dataset."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-import torch
-from lightning.pytorch import LightningDataModule
-from torch import distributed
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import Dataset
 
+from lightning_imaml.data.base import TaskDataModule, Transform, require_range, split_setting
+from lightning_imaml.data.episode_list import ListedTasks, read_episodes, write_episodes
 from lightning_imaml.data.labelled import ClassPool, shuffle_classes
-from lightning_imaml.data.sampling import SPLITS, EndlessSampler, EpisodeDataset
-from lightning_imaml.episodes import Episode
+from lightning_imaml.data.sampling import SPLITS, DrawnTasks, ImageTasks, Range, ShapeSource, bounds
 
+_SHARES = (0.64, 0.16, 0.20)  # of the classes: those of mini-ImageNet and CIFAR-FS
 _SHOWN = 5  # how many of the offending classes an error names
 
 
-class EpisodeLoader(DataLoader[Episode]):
-    """A data loader that tells Lightning that training can go on in the middle of an epoch.
-
-    Lightning takes a loader with these two methods for a resumable one. There is nothing to save in them: the
-    trainer's own count of batches, which is in every checkpoint, says where the sampler goes on.
-    """
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: see the class."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: see the class."""
-
-
-class EpisodicDataModule(LightningDataModule):
+class EpisodicDataModule(TaskDataModule):
     """Draws few-shot classification tasks from map-style datasets of ``(input, label)`` pairs.
 
     A task has N classes ("ways"), K support images ("shots") and Q query images of each. Every task is a function of
     the seed, the split and its number alone, whatever the number of loader workers or processes. Training draws fresh
     tasks for as long as it goes on, also after a resume in the middle of an epoch; validation and test see the same
     tasks each time. With W processes the tasks are shared out among them: ``tasks_per_batch`` is for one process.
+
+    Where N, K or Q is a range ``(lowest, highest)``, it is drawn uniformly. All tasks of a training step have the same
+    shape, drawn for the step; each task of an evaluation has its own, and tasks of the same shape come in one batch, so
+    that nothing is ever padded. A network for a range of ways needs outputs for the highest, ``self.hparams.ways[1]``.
 
     Classes, not images, are what the splits must not share. From one dataset the classes are split in a fixed random
     order that does not depend on ``seed``, so that a checkpoint is never tested on classes that it was trained on. The
@@ -58,9 +49,10 @@ class EpisodicDataModule(LightningDataModule):
         train: the labelled dataset to train on; without ``val`` and ``test`` its classes are split three ways.
         val: labelled dataset of the validation classes.
         test: labelled dataset of the test classes.
-        ways: classes a task, N.
+        ways: classes a task, N, or their range; likewise the next five.
         shots: support images a class, K.
         queries: query images a class, Q, in training.
+        eval_ways: classes a task in validation and test; None for the same as ``ways``.
         eval_shots: support images a class in validation and test; None for the same as ``shots``.
         eval_queries: query images a class in validation and test; None for the same as ``queries``.
         tasks_per_batch: tasks a training batch of one process.
@@ -68,7 +60,15 @@ class EpisodicDataModule(LightningDataModule):
         val_tasks: the number of validation tasks, over all processes.
         test_tasks: the number of test tasks, over all processes.
         eval_tasks_per_batch: at most so many tasks a batch in validation and test; None for ``tasks_per_batch``.
+        episodes: a file of :meth:`save_episodes`; its tasks take the place of drawn ones in validation and test, for
+            the splits that it holds.
         class_split: the shares of training, validation and test classes when only ``train`` is given.
+        small_classes: what to do with a class that has too few images for a task: stop with an error that names it, or
+            leave it out with a warning.
+        rotations: whether in training each class turned by 90, 180 and 270 degrees is a class of its own.
+        in_memory: whether to read all images of the given datasets once, and keep them as bytes.
+        transform: applied to the inputs of every batch, on the device, see :class:`TaskDataModule`.
+        train_transform: likewise, in training only and before ``transform``: random augmentation.
         seed: the seed of the episodes.
         num_workers: loader processes; 0 is best for data in memory.
 
@@ -77,51 +77,72 @@ class EpisodicDataModule(LightningDataModule):
             images, or two splits share a class.
     """
 
+    fixed_split = False
+    """Whether the split of the classes belongs to the dataset, so that ``class_split`` has no place."""
+
     def __init__(
         self,
         train: Dataset[Any] | None = None,
         val: Dataset[Any] | None = None,
         test: Dataset[Any] | None = None,
         *,
-        ways: int = 5,
-        shots: int = 1,
-        queries: int = 15,
-        eval_shots: int | None = None,
-        eval_queries: int | None = None,
+        ways: Range = 5,
+        shots: Range = 1,
+        queries: Range = 15,
+        eval_ways: Range | None = None,
+        eval_shots: Range | None = None,
+        eval_queries: Range | None = None,
         tasks_per_batch: int = 16,
         batches_per_epoch: int = 100,
         val_tasks: int = 160,
         test_tasks: int = 600,
         eval_tasks_per_batch: int | None = None,
-        class_split: Sequence[float] = (0.64, 0.16, 0.20),
+        episodes: str | os.PathLike[str] | None = None,
+        class_split: Sequence[float] = _SHARES,
+        small_classes: Literal["raise", "skip"] = "raise",
+        rotations: bool = False,
+        in_memory: bool = False,
+        transform: Transform | None = None,
+        train_transform: Transform | None = None,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
+        # A plain string: hyperparameters go into checkpoints, which load only plain types by default.
+        episodes = None if episodes is None else os.fspath(episodes)
+        super().__init__(
+            tasks_per_batch=tasks_per_batch,
+            batches_per_epoch=batches_per_epoch,
+            val_tasks=val_tasks,
+            test_tasks=test_tasks,
+            eval_tasks_per_batch=eval_tasks_per_batch,
+            transform=transform,
+            train_transform=train_transform,
+            seed=seed,
+            num_workers=num_workers,
+        )
         for name, value, minimum in (
             ("ways", ways, 2),
             ("shots", shots, 1),
             ("queries", queries, 1),
+            ("eval_ways", ways if eval_ways is None else eval_ways, 2),
             ("eval_shots", shots if eval_shots is None else eval_shots, 1),
             ("eval_queries", queries if eval_queries is None else eval_queries, 1),
-            ("tasks_per_batch", tasks_per_batch, 1),
-            ("batches_per_epoch", batches_per_epoch, 1),
-            ("val_tasks", val_tasks, 1),
-            ("test_tasks", test_tasks, 1),
-            ("eval_tasks_per_batch", tasks_per_batch if eval_tasks_per_batch is None else eval_tasks_per_batch, 1),
-            ("seed", seed, 0),
-            ("num_workers", num_workers, 0),
         ):
-            if not isinstance(value, int) or value < minimum:
-                raise ValueError(f"{name} must be a whole number of at least {minimum}; found {value!r}.")
+            require_range(name, value, minimum)
         if len(class_split) != 3 or min(class_split) < 0 or abs(sum(class_split) - 1) > 1e-6:
             raise ValueError(
                 "class_split must be three shares (train, val, test), none negative, with the sum 1; "
                 f"found {tuple(class_split)}."
             )
-        self.save_hyperparameters(ignore=["train", "val", "test"])
+        if self.fixed_split and tuple(class_split) != _SHARES:
+            raise ValueError(
+                f"class_split must be left out, since {type(self).__name__} has a split of its own; found "
+                f"{tuple(class_split)}. For another split, pass the data to EpisodicDataModule."
+            )
+        require_choice("small_classes", small_classes, ("raise", "skip"))
         self._datasets = (train, val, test)
         self._pools: dict[str, ClassPool] = {}
+        self._lists: dict[str, ListedTasks] = {}
 
     def configure_splits(self) -> Mapping[str, ClassPool]:
         """Return the classes of each split that there is data for; the method to override for a dataset of one's own.
@@ -136,10 +157,13 @@ class EpisodicDataModule(LightningDataModule):
                 "Pass at least one, or use a data module that brings its own, such as GlyphDataModule."
             )
         pools = {name: ClassPool.of(data) for name, data in given.items()}
+        if self.hparams["in_memory"]:
+            pools = {name: pool.in_memory() for name, pool in pools.items()}
         return self.split_by_class(pools["train"]) if list(pools) == ["train"] else pools
 
     def split_by_class(self, pool: ClassPool) -> dict[str, ClassPool]:
         """Share the classes of one pool out to the three splits, as ``class_split`` says; empty splits are left out."""
+        pool = self._usable("train", pool)
         classes: list[Hashable] = shuffle_classes(list(pool.members))
         train, val, _ = self.hparams["class_split"]
         first, second = round(len(classes) * train), round(len(classes) * (train + val))
@@ -151,9 +175,7 @@ class EpisodicDataModule(LightningDataModule):
         """Find the classes and check that every task can be drawn; all splits at once, the first time only."""
         if self._pools:
             return
-        pools = dict(self.configure_splits())
-        for name, pool in pools.items():
-            self._check_pool(name, pool)
+        pools = {name: self._usable(name, pool) for name, pool in self.configure_splits().items()}
         for (name, pool), (other_name, other) in combinations(pools.items(), 2):
             if shared := pool.overlap(other):
                 raise ValueError(
@@ -161,15 +183,35 @@ class EpisodicDataModule(LightningDataModule):
                     f"such as {_some(shared)}. Leave them out of one of the two, or pass a single dataset as `train` "
                     "to have its classes split."
                 )
+        if self.hparams["rotations"] and "train" in pools:
+            pools["train"] = pools["train"].rotated()
+        for name, pool in pools.items():
+            self._check_pool(name, pool)
+        if self.hparams["episodes"] is not None:
+            self._lists = read_episodes(Path(self.hparams["episodes"]).expanduser(), pools)
         self._pools = pools
 
-    def _images(self, split: str, name: str) -> int:
-        """The ``shots`` or ``queries`` of a split's tasks."""
-        of_evaluation = None if split == "train" else self.hparams[f"eval_{name}"]
-        return int(self.hparams[name] if of_evaluation is None else of_evaluation)
+    def _largest(self, split: str) -> tuple[int, int, int]:
+        """The largest ways, shots and queries of a split."""
+        ways, shots, queries = (
+            bounds(split_setting(self.hparams, split, name))[1] for name in ("ways", "shots", "queries")
+        )
+        return ways, shots, queries
+
+    def _usable(self, split: str, pool: ClassPool) -> ClassPool:
+        """Leave small classes out, if that is wanted."""
+        _, shots, queries = self._largest(split)
+        small = [label for label, items in pool.members.items() if len(items) < shots + queries]
+        if not small or self.hparams["small_classes"] == "raise":
+            return pool
+        rank_zero_warn(
+            f"{len(small)} of the {len(pool.members)} {split} classes are left out, since they have fewer than "
+            f"{shots + queries} images: {_some(small)}."
+        )
+        return pool.subset([label for label in pool.members if label not in set(small)])
 
     def _check_pool(self, split: str, pool: ClassPool) -> None:
-        ways, shots, queries = self.hparams["ways"], self._images(split, "shots"), self._images(split, "queries")
+        ways, shots, queries = self._largest(split)
         if len(pool.members) < ways:
             raise ValueError(
                 f"the {split} split must have at least {ways} classes (ways={ways}); found {len(pool.members)}. "
@@ -181,91 +223,43 @@ class EpisodicDataModule(LightningDataModule):
             raise ValueError(
                 f"each {split} class must have at least shots + queries = {shots} + {queries} = {shots + queries} "
                 f"images; found {len(short)} of {len(pool.members)} classes with fewer: {found}. "
-                "Lower shots or queries, or leave these classes out."
+                "Lower shots or queries, or leave these classes out with small_classes='skip'."
             )
 
-    def _pool(self, split: str) -> ClassPool:
+    def tasks(self, split: str) -> ImageTasks | None:
+        """The tasks of a split, listed in ``episodes`` or else drawn."""
         self.setup()  # so that a loader can also be had without a Trainer
+        if split in self._lists:
+            return self._lists[split]
         if split not in self._pools:
-            raise ValueError(
-                f"there must be classes for {split} to draw its tasks from; found only {', '.join(self._pools)}. "
-                f"Pass `{split}`, or pass `train` alone to have its classes split."
-            )
-        return self._pools[split]
-
-    def _processes(self) -> tuple[int, int]:
-        """How many processes share the tasks, and which of them this is."""
-        if self.trainer is not None:
-            sharing = self.trainer.distributed_sampler_kwargs  # None where there is one process only
-            return (sharing["num_replicas"], sharing["rank"]) if sharing else (1, 0)
-        if distributed.is_available() and distributed.is_initialized():
-            return distributed.get_world_size(), distributed.get_rank()
-        return 1, 0
-
-    def _batches_done(self) -> int | None:
-        # `processed` and not `ready`: a batch that failed halfway is counted as ready and is run again on a resume.
-        if self.trainer is None:
             return None
-        done: int = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
-        return done
+        ways, shots, queries = (split_setting(self.hparams, split, name) for name in ("ways", "shots", "queries"))
+        shapes = ShapeSource(split, ways, shots, queries, self.hparams["seed"])
+        return DrawnTasks(self._pools[split], split, shapes, self.hparams["seed"])
 
-    def _episodes(self, split: str, tasks: int, batches: int) -> EpisodeDataset:
-        return EpisodeDataset(
-            self._pool(split),
-            split,
-            ways=self.hparams["ways"],
-            shots=self._images(split, "shots"),
-            queries=self._images(split, "queries"),
-            tasks=tasks,
-            batches=batches,
-            seed=self.hparams["seed"],
-        )
+    def evaluation_tasks(self, split: str) -> int:
+        """The number of tasks of "val" or "test": as many as ``episodes`` lists, or else ``<split>_tasks``."""
+        return len(self._lists[split]) if split in self._lists else super().evaluation_tasks(split)
 
-    def _loader(self, episodes: EpisodeDataset, sampler: DistributedSampler[int]) -> EpisodeLoader:
-        workers = self.hparams["num_workers"]
-        return EpisodeLoader(
-            episodes,
-            batch_size=None,  # an item is a batch already
-            sampler=sampler,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=workers > 0,
-        )
+    def save_episodes(self, path: str | os.PathLike[str]) -> None:
+        """Write the validation and test tasks to a JSON file, so that others can be tested on the very same.
 
-    def train_dataloader(self) -> EpisodeLoader:
-        """Batches of fresh training tasks, ``batches_per_epoch`` a pass."""
-        world, rank = self._processes()
-        batches = self.hparams["batches_per_epoch"] * world
-        episodes = self._episodes("train", batches * self.hparams["tasks_per_batch"], batches)
-        sampler = EndlessSampler(episodes, num_replicas=world, rank=rank, batches_done=self._batches_done)
-        return self._loader(episodes, sampler)
+        The file holds, for each task, the names of its classes and of its support and query images; where the dataset
+        has no names for its images, their index in the dataset. Pass it as ``episodes`` to read it.
 
-    def _eval_dataloader(self, split: str) -> EpisodeLoader:
-        (world, rank), tasks = self._processes(), self.hparams[f"{split}_tasks"]
-        if tasks < world:
-            raise ValueError(
-                f"{split}_tasks must be at least the number of processes, {world}; found {tasks}. "
-                f"Raise {split}_tasks, or evaluate with fewer devices."
-            )
-        per_batch = self.hparams["eval_tasks_per_batch"] or self.hparams["tasks_per_batch"]
-        # The same number of batches for each process, none of them empty: a process with one more would wait for the
-        # others for ever. So nearly even batches, and with one task a batch some may have to hold two.
-        rounds = min(-(-tasks // (world * per_batch)), tasks // world)
-        episodes = self._episodes(split, tasks, rounds * world)
-        return self._loader(episodes, DistributedSampler(episodes, num_replicas=world, rank=rank, shuffle=False))
+        Raises:
+            ValueError: there are neither validation nor test classes.
+        """
+        tasks = {split: source for split in ("val", "test") if (source := self.tasks(split)) is not None}
+        if not tasks:
+            raise ValueError("there must be validation or test classes to save tasks of; found only train. Pass test.")
+        write_episodes(Path(path), {split: (source, self.evaluation_tasks(split)) for split, source in tasks.items()})
 
-    def val_dataloader(self) -> EpisodeLoader | list[EpisodeLoader]:
-        """The validation tasks, the same each time; an empty list when there are no validation classes."""
-        self.setup()
-        return self._eval_dataloader("val") if "val" in self._pools else []
 
-    def test_dataloader(self) -> EpisodeLoader:
-        """The test tasks, the same each time."""
-        return self._eval_dataloader("test")
-
-    def predict_dataloader(self) -> EpisodeLoader:
-        """The test tasks."""
-        return self._eval_dataloader("test")
+def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise a ValueError unless an argument is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; found {value!r}.")
 
 
 def _some(found: Sequence[Any], quote: bool = True) -> str:

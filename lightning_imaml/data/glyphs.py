@@ -7,6 +7,7 @@ import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lightning_imaml.data.cache import Arrays, cached_arrays, default_cache_dir
 from lightning_imaml.data.episodic import EpisodicDataModule
 from lightning_imaml.data.labelled import ClassPool, LabelledTensors
+from lightning_imaml.data.sampling import Range
 
 # The Unicode text faces among matplotlib's fonts. Its Computer Modern files put symbols at the codes of letters.
 FACES = (
@@ -56,21 +58,10 @@ class GlyphDataModule(EpisodicDataModule):
     pixel for pixel alike (Latin A, Greek Alpha, Cyrillic A) count once: the first by code point stays.
 
     Args:
-        ways: classes a task, N.
-        shots: support images a class, K.
-        queries: query images a class, Q, in training; ``shots + queries`` can be at most 12.
-        eval_shots: support images a class in validation and test; None for the same as ``shots``.
-        eval_queries: query images a class in validation and test; None for the same as ``queries``.
-        tasks_per_batch: tasks a training batch of one process.
-        batches_per_epoch: training batches an epoch.
-        val_tasks: the number of validation tasks, over all processes.
-        test_tasks: the number of test tasks, over all processes.
-        eval_tasks_per_batch: at most so many tasks a batch in validation and test; None for ``tasks_per_batch``.
-        class_split: the shares of training, validation and test letters.
-        seed: the seed of the episodes.
-        num_workers: loader processes; the pictures are in memory, so 0 is best.
+        queries: query images a class, Q, in training; a letter has 12 to 16 images.
         cache_dir: where the pictures are kept; None for ``$XDG_CACHE_HOME/lightning_imaml`` or
             ``~/.cache/lightning_imaml``.
+        **options: those of :class:`EpisodicDataModule`, apart from the datasets.
 
     Raises:
         ValueError: as for :class:`EpisodicDataModule`.
@@ -79,38 +70,13 @@ class GlyphDataModule(EpisodicDataModule):
     def __init__(
         self,
         *,
-        ways: int = 5,
-        shots: int = 1,
-        queries: int = 5,
-        eval_shots: int | None = None,
-        eval_queries: int | None = None,
-        tasks_per_batch: int = 16,
-        batches_per_epoch: int = 100,
-        val_tasks: int = 160,
-        test_tasks: int = 600,
-        eval_tasks_per_batch: int | None = None,
-        class_split: Sequence[float] = (0.64, 0.16, 0.20),
-        seed: int = 0,
-        num_workers: int = 0,
+        queries: Range = 5,
         cache_dir: str | os.PathLike[str] | None = None,
+        **options: Any,
     ) -> None:
         # A plain string: hyperparameters go into checkpoints, which load only plain types by default.
         cache_dir = None if cache_dir is None else os.fspath(cache_dir)
-        super().__init__(
-            ways=ways,
-            shots=shots,
-            queries=queries,
-            eval_shots=eval_shots,
-            eval_queries=eval_queries,
-            tasks_per_batch=tasks_per_batch,
-            batches_per_epoch=batches_per_epoch,
-            val_tasks=val_tasks,
-            test_tasks=test_tasks,
-            eval_tasks_per_batch=eval_tasks_per_batch,
-            class_split=class_split,
-            seed=seed,
-            num_workers=num_workers,
-        )
+        super().__init__(None, None, None, queries=queries, **options)
 
     def configure_splits(self) -> Mapping[str, ClassPool]:
         """Draw the letters, or read them from the cache, and split them."""

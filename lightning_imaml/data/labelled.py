@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
+from torchvision.transforms.functional import pil_to_tensor
 
 
 class LabelledTensors(TensorDataset):
@@ -24,13 +26,16 @@ class LabelledTensors(TensorDataset):
         images: ``[n, C, H, W]``, ``uint8``.
         labels: ``[n]``, integers in ``0 … len(classes)-1``.
         classes: the name of each class.
+        items: the name of each image, such as that of its file; None where images have no names.
 
     Raises:
         TypeError: the images are not ``uint8``.
         ValueError: the lengths disagree, or a label has no name.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, classes: Sequence[str], items: Sequence[str] | None = None
+    ) -> None:
         if images.dtype != torch.uint8:
             raise TypeError(
                 f"images must be uint8, 0 to 255; found {images.dtype}. For data in another type use a TensorDataset."
@@ -42,13 +47,46 @@ class LabelledTensors(TensorDataset):
                 f"labels must lie in 0 … {len(classes) - 1}, one name in `classes` for each; "
                 f"found {int(labels.min())} … {int(labels.max())}. Renumber the labels, or name every class."
             )
+        if items is not None and len(items) != len(images):
+            raise ValueError(f"items must be {len(images)} names, one for each image; found {len(items)}.")
         super().__init__(images, labels)
         self.classes = list(classes)
+        self.items = None if items is None else list(items)
 
     def __getitem__(self, index: Any) -> tuple[Tensor, ...]:
         """Return one image (or several, for a tensor of indices) as ``float32`` in [0, 1], with its label."""
         images, labels = self.tensors
         return images[index].to(torch.float32).div_(255), labels[index]
+
+
+class RotatedImages(Dataset[Any]):
+    """The images of a dataset of n items upright, then all turned by 90, by 180 and by 270 degrees: 4 n items.
+
+    Args:
+        source: a map-style dataset of ``(input, label)`` pairs with square images ``[C, S, S]`` as inputs.
+    """
+
+    def __init__(self, source: Dataset[Any]) -> None:
+        self.source = source
+        self.length: int = len(source)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return 4 * self.length
+
+    def fetch(self, indices: Tensor) -> Any:
+        """The images ``[n, C, S, S]`` of these items."""
+        images = gather(self.source, indices % self.length)
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[-2] != images.shape[-1]:
+            found = list(images.shape[1:]) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(
+                f"rotations need square images [C, S, S]; found {found}. Crop the images, or leave rotations out."
+            )
+        turns = indices // self.length
+        for turn in (1, 2, 3):
+            chosen = turns == turn
+            if chosen.any():
+                images[chosen] = torch.rot90(images[chosen], turn, dims=(-2, -1))
+        return images
 
 
 @dataclass(frozen=True)
@@ -86,6 +124,46 @@ class ClassPool:
     def subset(self, classes: Sequence[Hashable]) -> ClassPool:
         """Keep these classes only, in this order."""
         return ClassPool(self.source, {label: self.members[label] for label in classes}, self.named)
+
+    def in_memory(self) -> ClassPool:
+        """The same classes, with every item of the source read once and kept as bytes.
+
+        Raises:
+            TypeError: an input is neither a PIL image nor a ``uint8`` tensor ``[C, H, W]``.
+            ValueError: the images differ in size or channels.
+        """
+        images = torch.empty(0, dtype=torch.uint8)
+        for index in range(len(self.source)):  # type: ignore[arg-type]
+            image = _as_bytes(self.source[index][0])
+            if index == 0:
+                images = torch.empty((len(self.source), *image.shape), dtype=torch.uint8)  # type: ignore[arg-type]
+            if image.shape != images.shape[1:]:
+                raise ValueError(
+                    f"in_memory needs images of one size and number of channels; found {list(images.shape[1:])} for "
+                    f"item 0 and {list(image.shape)} for item {index}. Add Resize, and Grayscale or RGB, to the "
+                    "dataset's transform."
+                )
+            images[index] = image
+        labels = torch.zeros(len(images), dtype=torch.long)
+        for label, items in enumerate(self.members.values()):
+            labels[items] = label
+        source = LabelledTensors(images, labels, list(map(str, self.members)), self.item_names())
+        return ClassPool(source, self.members, self.named)
+
+    def rotated(self) -> ClassPool:
+        """These classes, and each turned by 90, 180 and 270 degrees as classes of their own, ``<name>/rot90`` …."""
+        source = RotatedImages(self.source)
+        members = dict(self.members)
+        for turn in (1, 2, 3):
+            members |= {
+                f"{label}/rot{90 * turn}": items + turn * source.length for label, items in self.members.items()
+            }
+        return ClassPool(source, members, self.named)
+
+    def item_names(self) -> list[str] | None:
+        """The name of every item of the source, or None where it has none."""
+        names = getattr(self.source, "items", None)
+        return list(names) if isinstance(names, list | tuple) else None
 
     def overlap(self, other: ClassPool) -> list[Hashable]:
         """The classes that both pools hold, as far as that can be told."""
@@ -156,7 +234,21 @@ def gather(source: Any, indices: Tensor) -> Any:
     """
     if isinstance(source, TensorDataset):
         return source[indices][0]
+    if isinstance(source, RotatedImages):
+        return source.fetch(indices)
     return default_collate([source[index][0] for index in indices.tolist()])
+
+
+def _as_bytes(image: Any) -> Tensor:
+    """An image as a ``uint8`` tensor ``[C, H, W]``."""
+    image = pil_to_tensor(image) if isinstance(image, Image.Image) else image
+    if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3:
+        found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(
+            f"in_memory keeps images as bytes, so each must be a PIL image or a uint8 tensor [C, H, W]; found {found}. "
+            "Leave ToTensor and normalisation out of the dataset's transform; give those to `transform`."
+        )
+    return image
 
 
 def shuffle_classes(classes: Sequence[Hashable]) -> list[Hashable]:

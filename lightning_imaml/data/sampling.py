@@ -1,20 +1,59 @@
-"""Which classes and which images make up an episode."""
+"""Which classes and which images make up a task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.random import PCG64, Generator, SeedSequence
 from numpy.typing import NDArray
 from torch.utils import _pytree as pytree
-from torch.utils.data import Dataset, DistributedSampler
 
 from lightning_imaml.data.labelled import ClassPool, gather
 from lightning_imaml.episodes import Episode
 
 SPLITS = ("train", "val", "test")
+
+Range = int | tuple[int, int]
+"""A whole number, or the lowest and the highest of those to draw from."""
+
+
+class Shape(NamedTuple):
+    """The shape of a task: N classes with K support and Q query samples each; for regression N is one."""
+
+    ways: int
+    shots: int
+    queries: int
+
+
+class TaskSource(ABC):
+    """Tasks by number, each a function of its number alone."""
+
+    @abstractmethod
+    def shape(self, number: int) -> Shape:
+        """The shape that belongs to a number."""
+
+    @abstractmethod
+    def episode(self, tasks: Sequence[int], shape: Shape) -> Episode:
+        """Make tasks of one shape, stacked along the first dimension."""
+
+
+def random_of(seed: int, split: str, number: int, key: tuple[int, ...] = ()) -> Generator:
+    """The random generator of one task.
+
+    NumPy promises the same bits for ever only for its bit generators and for uniform doubles, so nothing else of it may
+    be used where numbers are to be the same on every platform (https://numpy.org/neps/nep-0019-rng-policy.html).
+
+    Args:
+        seed: the seed of the episodes.
+        split: "train", "val" or "test".
+        number: the number of the task.
+        key: tells generators of the same task apart.
+    """
+    return Generator(PCG64(SeedSequence([seed, SPLITS.index(split), number], spawn_key=key)))
 
 
 def draw_distinct(uniforms: list[float], size: int) -> list[int]:
@@ -32,75 +71,90 @@ def draw_distinct(uniforms: list[float], size: int) -> list[int]:
     return chosen
 
 
-class EpisodeDataset(Dataset[Episode]):
-    """A map-style dataset whose items are batches of tasks.
+def bounds(value: Range) -> tuple[int, int]:
+    """The lowest and the highest number of a range."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
-    Task i of a split is a function of (seed, split, i) and of nothing else. NumPy promises the same bits for ever only
-    for its bit generators and for uniform doubles, so nothing else of its random module is used here
-    (https://numpy.org/neps/nep-0019-rng-policy.html).
 
-    Item b holds the tasks ``b*tasks // batches … (b+1)*tasks // batches - 1``: the first ``batches`` items share
-    ``tasks`` tasks out as evenly as possible, and the items after them go on with fresh tasks without end.
+class ShapeSource:
+    """Draws the shape that belongs to a number, each dimension uniformly from its range.
 
     Args:
-        pool: the classes to draw from.
         split: "train", "val" or "test".
-        ways: classes a task, N.
-        shots: support images a class, K.
-        queries: query images a class, Q.
-        tasks: the number of tasks in the first ``batches`` items.
-        batches: the length of the dataset.
+        ways: classes a task, N, or their range; likewise the others.
+        shots: support samples a class, K.
+        queries: query samples a class, Q.
         seed: the seed of the episodes.
     """
 
-    def __init__(
-        self,
-        pool: ClassPool,
-        split: str,
-        *,
-        ways: int,
-        shots: int,
-        queries: int,
-        tasks: int,
-        batches: int,
-        seed: int,
-    ) -> None:
-        self.source = pool.source
+    def __init__(self, split: str, ways: Range, shots: Range, queries: Range, seed: int) -> None:
+        self.split, self.seed = split, seed
+        self.ranges = (bounds(ways), bounds(shots), bounds(queries))
+
+    def __call__(self, number: int) -> Shape:
+        """The shape of a number."""
+        if all(low == high for low, high in self.ranges):
+            return Shape(*(low for low, _ in self.ranges))
+        uniforms = random_of(self.seed, self.split, number, key=(1,)).random(3).tolist()
+        return Shape(*(low + int(u * (high - low + 1)) for u, (low, high) in zip(uniforms, self.ranges, strict=True)))
+
+
+class ImageTasks(TaskSource):
+    """Classification tasks made of items of a dataset.
+
+    Args:
+        pool: the classes and their dataset.
+    """
+
+    def __init__(self, pool: ClassPool) -> None:
+        self.pool = pool
         self.members = list(pool.members.values())
-        self.ways = ways
-        self.shots = shots
-        self.queries = queries
-        self.tasks = tasks
-        self.batches = batches
-        self.entropy = (seed, SPLITS.index(split))
 
-    def __len__(self) -> int:
-        return self.batches
-
-    def __getitem__(self, batch: int) -> Episode:
-        """Return batch b: inputs ``[T, N*K, ...]`` and ``[T, N*Q, ...]``, class by class, with their targets."""
-        first, end = (edge * self.tasks // self.batches for edge in (batch, batch + 1))
-        items = torch.from_numpy(np.stack([self.draw(task) for task in range(first, end)]))
-        support, query = items[..., : self.shots], items[..., self.shots :]
-        # One fetch for the whole batch, ordered so that both sets are contiguous views of its result.
-        inputs = gather(self.source, torch.cat([support.flatten(), query.flatten()]))
-        tasks, split_at = len(items), support.numel()
-        return Episode(
-            pytree.tree_map(lambda x: x[:split_at].view(tasks, -1, *x.shape[1:]), inputs),
-            self._targets(tasks, self.shots),
-            pytree.tree_map(lambda x: x[split_at:].view(tasks, -1, *x.shape[1:]), inputs),
-            self._targets(tasks, self.queries),
-        )
-
-    def draw(self, task: int) -> NDArray[np.int64]:
+    @abstractmethod
+    def draw(self, task: int, shape: Shape) -> NDArray[np.int64]:
         """The items of one task.
 
         Returns:
             ``[N, K+Q]`` indices into the source: for each class its support images, then its query images.
         """
-        images = self.shots + self.queries
-        random = Generator(PCG64(SeedSequence([*self.entropy, task])))
-        uniforms: list[list[float]] = random.random((self.ways, 1 + images)).tolist()
+
+    def episode(self, tasks: Sequence[int], shape: Shape) -> Episode:
+        """Inputs ``[T, N*K, ...]`` and ``[T, N*Q, ...]``, class by class, with their targets."""
+        items = torch.from_numpy(np.stack([self.draw(task, shape) for task in tasks]))
+        support, query = items[..., : shape.shots], items[..., shape.shots :]
+        # One fetch for the whole batch, ordered so that both sets are contiguous views of its result.
+        inputs = gather(self.pool.source, torch.cat([support.flatten(), query.flatten()]))
+        count, split_at = len(items), support.numel()
+        return Episode(
+            pytree.tree_map(lambda x: x[:split_at].view(count, -1, *x.shape[1:]), inputs),
+            _targets(count, shape.ways, shape.shots),
+            pytree.tree_map(lambda x: x[split_at:].view(count, -1, *x.shape[1:]), inputs),
+            _targets(count, shape.ways, shape.queries),
+        )
+
+
+class DrawnTasks(ImageTasks):
+    """Classification tasks drawn at random: classes without replacement, then their images without replacement.
+
+    Args:
+        pool: the classes to draw from.
+        split: "train", "val" or "test".
+        shapes: gives the shape that belongs to a number.
+        seed: the seed of the episodes.
+    """
+
+    def __init__(self, pool: ClassPool, split: str, shapes: ShapeSource, seed: int) -> None:
+        super().__init__(pool)
+        self.split, self.shapes, self.seed = split, shapes, seed
+
+    def shape(self, number: int) -> Shape:
+        """The shape that belongs to a number."""
+        return self.shapes(number)
+
+    def draw(self, task: int, shape: Shape) -> NDArray[np.int64]:
+        """The items of one task, ``[N, K+Q]``."""
+        random = random_of(self.seed, self.split, task)
+        uniforms: list[list[float]] = random.random((shape.ways, 1 + shape.shots + shape.queries)).tolist()
         classes = draw_distinct([row[0] for row in uniforms], len(self.members))
         return np.stack(
             [
@@ -109,35 +163,6 @@ class EpisodeDataset(Dataset[Episode]):
             ]
         )
 
-    def _targets(self, tasks: int, images: int) -> torch.Tensor:
-        return torch.arange(self.ways).repeat_interleave(images).repeat(tasks, 1)
 
-
-class EndlessSampler(DistributedSampler[int]):
-    """Numbers the batches of training from the first to the last step of a run, across epochs and resumes.
-
-    With W processes, global batch g is made of the items ``g*W … (g+1)*W - 1`` of the dataset, one for each process:
-    the same tasks as one process with W times the batch size would draw.
-
-    A subclass of ``DistributedSampler``, because that is what Lightning takes to be sharded already and leaves alone.
-
-    Args:
-        dataset: the dataset of one epoch's batches, of all processes together.
-        num_replicas: the number of processes, W.
-        rank: which of them this is.
-        batches_done: says how many global batches came before the pass that starts now; None for "as many as this
-            sampler has numbered", which is right outside of a Trainer.
-    """
-
-    def __init__(self, dataset: Sized, *, num_replicas: int, rank: int, batches_done: Callable[[], int | None]) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        self.batches_done = batches_done
-        self.numbered = 0
-
-    def __iter__(self) -> Iterator[int]:
-        # Asked once, when the first number is wanted: later, loader workers run ahead of the training step; earlier, a
-        # loader with workers calls iter() twice for one pass.
-        done = self.batches_done()
-        first = self.numbered if done is None else done
-        self.numbered = first + self.num_samples
-        yield from range(first * self.num_replicas + self.rank, self.numbered * self.num_replicas, self.num_replicas)
+def _targets(tasks: int, ways: int, images: int) -> torch.Tensor:
+    return torch.arange(ways).repeat_interleave(images).repeat(tasks, 1)

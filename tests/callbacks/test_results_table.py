@@ -7,11 +7,12 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_imaml import Episode, IMAMLModule
 from lightning_imaml.callbacks import ResultsTable
 from lightning_imaml.callbacks.baseline import reinitialised
+from lightning_imaml.data import EpisodicDataModule
 from lightning_imaml.functional import adapt, predict
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95
@@ -109,7 +110,7 @@ def test_a_test_prints_accuracy_before_and_after_and_the_baseline(tmp_path, caps
         "random weights, after adaptation": f"{percent(accuracy.compute())} ± {percent(interval.compute())}",
     }
     assert "Test results" in printed
-    assert "3-way 2-shot, 4 queries a class, 7 inner steps, 12 tasks." in words(printed)
+    assert "3-way 2-shot, 4 queries a class, 7 inner steps, inductive, 12 tasks." in words(printed)
 
 
 def test_testing_twice_counts_twice_from_zero(tmp_path, capsys):
@@ -153,7 +154,7 @@ def test_a_validation_on_its_own_prints(tmp_path, capsys):
 def test_batch_statistics_are_part_of_the_protocol(tmp_path, capsys):
     model = module(network(nn.BatchNorm1d(8, track_running_stats=False)))
     trainer_with(tmp_path, ResultsTable()).test(model, loader(), verbose=False)
-    assert "7 inner steps, batch statistics, 12 tasks." in words(capsys.readouterr().out)
+    assert "7 inner steps, batch statistics (transductive), 12 tasks." in words(capsys.readouterr().out)
 
 
 class Scale(nn.Module):
@@ -199,7 +200,7 @@ def test_regression_shows_its_loss(tmp_path, capsys):
     assert cells(printed) == {
         "after adaptation": f"{float(trainer.callback_metrics['test/loss']):.4g}",
     }
-    assert "6 support and 6 query samples a task, 7 inner steps, 12 tasks." in words(printed)
+    assert "6 support and 6 query samples a task, 7 inner steps, inductive, 12 tasks." in words(printed)
 
 
 def test_only_rank_zero_prints(tmp_path, capsys):
@@ -238,3 +239,18 @@ def test_a_network_s_own_initialiser_has_the_last_word():
     fresh, fixed = reinitialised(Own(), 0)
     assert fixed == []
     assert torch.equal(fresh.layer.weight, torch.full((2, 2), 3.0))
+
+
+def test_tasks_of_several_shapes_are_named_as_a_range(tmp_path, capsys):
+    """With a data module that draws ways and shots from ranges, from training to the table."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 20
+    data = TensorDataset(torch.randn(20, FEATURES, generator=generator)[labels], labels)
+    episodes = EpisodicDataModule(
+        data, ways=(2, 3), shots=(1, 2), queries=4, tasks_per_batch=4, batches_per_epoch=3, val_tasks=12, test_tasks=12
+    )
+    trainer, model = trainer_with(tmp_path, ResultsTable()), module()
+    trainer.fit(model, datamodule=episodes)
+    trainer.test(model, datamodule=episodes, verbose=False)
+    printed = words(capsys.readouterr().out)
+    assert "2 to 3-way 1 to 2-shot, 4 queries a class, 7 inner steps, inductive, 12 tasks." in printed

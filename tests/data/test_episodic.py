@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from lightning_imaml.data import EpisodicDataModule, LabelledTensors
 from lightning_imaml.data.labelled import ClassPool, gather, read_labels, shuffle_classes
-from lightning_imaml.data.sampling import EpisodeDataset, draw_distinct
+from lightning_imaml.data.sampling import DrawnTasks, Shape, ShapeSource, draw_distinct
 
 CLASSES, EACH = 40, 10
 
@@ -70,8 +70,8 @@ def test_draws_are_uniform():
 
 def test_an_episode_is_the_same_for_ever():
     """Pinned numbers: a change here breaks the reproducibility of published results."""
-    data = EpisodeDataset(ClassPool.of(numbered()), "test", ways=2, shots=1, queries=2, tasks=1, batches=1, seed=3)
-    assert data.draw(5).tolist() == [[47, 167, 287], [266, 186, 346]]
+    data = DrawnTasks(ClassPool.of(numbered()), "test", ShapeSource("test", 2, 1, 2, seed=3), seed=3)
+    assert data.draw(5, data.shape(5)).tolist() == [[47, 167, 287], [266, 186, 346]]
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -108,9 +108,9 @@ def test_episodes_do_not_depend_on_the_workers(split):
 
 def test_episodes_differ_by_index_seed_and_split():
     pool = ClassPool.of(numbered())
-    sizes = {"ways": 5, "shots": 1, "queries": 3, "tasks": 1, "batches": 1}
+    shape = Shape(5, 1, 3)
     drawn = {
-        tuple(EpisodeDataset(pool, split, seed=seed, **sizes).draw(index).flatten().tolist())
+        tuple(DrawnTasks(pool, split, ShapeSource(split, *shape, seed), seed).draw(index, shape).flatten().tolist())
         for split in ("train", "val", "test")
         for seed in (0, 1)
         for index in range(50)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_imaml.data import OmniglotDataModule, omniglot
+from lightning_imaml.data import OmniglotDataModule, images, omniglot
+from lightning_imaml.data.labelled import gather
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "omniglot"
 PARTS = {"images_background": ["Latin", "Greek"], "images_evaluation": ["Runes"]}
@@ -84,10 +85,13 @@ def test_splits_and_rotations(tree):
     assert len({*upright, *names["val"], *names["test"]}) == 12
     assert names["train"][6:] == [f"{name}/rot{turn}" for turn in (90, 180, 270) for name in upright]
     pool = data._pools["train"]
-    images = pool.source.tensors[0]
+
+    def images(name):
+        return gather(pool.source, torch.from_numpy(pool.members[name]))
+
     for turns in range(4):
-        turned = images[pool.members[names["train"][6 * turns + 2]]]
-        assert torch.equal(turned, torch.rot90(images[pool.members[upright[2]]], turns, dims=(-2, -1)))
+        turned = images(names["train"][6 * turns + 2])
+        assert torch.equal(turned, torch.rot90(images(upright[2]), turns, dims=(-2, -1)))
 
 
 @pytest.mark.usefixtures("small")
@@ -104,10 +108,10 @@ def test_read_once(tree, tmp_path, monkeypatch):
     module(tmp_path).setup()
     assert [path.suffix for path in tmp_path.iterdir()].count(".npz") == 1
 
-    def never(places):
+    def never(*arguments):
         raise AssertionError("read again")
 
-    monkeypatch.setattr(omniglot, "_read_parts", never)
+    monkeypatch.setattr(images, "_read_all", never)
     module(tmp_path, seed=3).setup()
 
 
@@ -138,7 +142,7 @@ def test_a_broken_image_is_named(tree, tmp_path, layout):
     if layout == "zips":
         lay_out(copy, tmp_path, "zips")
         copy = tmp_path
-    with pytest.raises(ValueError, match=r"readable PNG; .*images_background.*/Greek/character02/0006_03.png is not"):
+    with pytest.raises(ValueError, match=r"readable image .*images_background.*/Greek/character02/0006_03.png is not"):
         module(copy).setup()
 
 

@@ -1,0 +1,80 @@
+"""How many tasks go through the engine at once, where the user does not say."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree as pytree
+
+from lightning_imaml.episodes import ordinary
+from lightning_imaml.tasks import FlatModel
+
+# What a processor's caches can hold of a chunk: with more, batching saves less than the traffic with memory costs.
+# Compiled code has fewer operations whose overhead a larger chunk would share out.
+_CPU_BYTES = {False: 16 * 2**20, True: 8 * 2**20}
+# On other devices memory is the limit: a share of all of it, so that the choice does not depend on what else runs.
+_DEVICE_SHARE = 0.25
+# The graphs of a Hessian product hold several times what one forward pass keeps.
+_GRAPHS = 8
+
+_known: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, int]] = weakref.WeakKeyDictionary()
+
+
+def default_chunk_size(model: FlatModel, inputs: Any, tasks: int) -> int:
+    """The number of tasks to take at once: small tasks in batches, large ones few at a time.
+
+    Args:
+        model: the network.
+        inputs: ``[T, n, ...]``.
+        tasks: T.
+    """
+    work = max(1, _bytes_of_a_task(model, inputs))
+    if model.device.type == "cuda":
+        most = int(torch.cuda.get_device_properties(model.device).total_memory * _DEVICE_SHARE) // (_GRAPHS * work)
+    elif model.device.type == "cpu":
+        most = _CPU_BYTES[model.compile] // work
+    else:
+        most = tasks
+    return even(tasks, most)
+
+
+def even(tasks: int, most: int) -> int:
+    """The size of the fewest chunks of at most ``most`` tasks; the same for all chunks where that is not far off.
+
+    With ``compile=True`` a last chunk of another size costs another compilation.
+    """
+    most = min(max(1, most), tasks)
+    divisor = next(size for size in range(most, 0, -1) if tasks % size == 0)
+    return divisor if 2 * divisor > most else -(-tasks // -(-tasks // most))
+
+
+def _bytes_of_a_task(model: FlatModel, inputs: Any) -> int:
+    """What the graph of one task's forward pass keeps, its parameters included."""
+    one = pytree.tree_map(lambda t: t[:1], inputs)
+    key = tuple((t.shape, t.dtype) for t in pytree.tree_leaves(one)), tuple(model.names), model.dtype, model.device
+    known = _known.setdefault(model.module, {})
+    if key not in known:
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor.detach()  # The tensor itself would refer to its own graph, which nothing would free then.
+
+        # The random state stays, so that a resumed run, which measures again, goes on like one that was never stopped.
+        devices = [model.device] if model.device.type == "cuda" else []
+        with (
+            torch.random.fork_rng(devices),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            saved_tensors_hooks(pack, lambda t: t),
+        ):
+            # Held, since what is freed gives its address to another.
+            outputs = model(model.initial().unsqueeze(0).requires_grad_(), model.cast(ordinary(one)))
+        del outputs
+        known[key] = sum(kept.values())
+    return known[key]

@@ -1,0 +1,140 @@
+"""Few-shot recognition on an image folder of one's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_imaml.data.cache import default_cache_dir
+from lightning_imaml.data.class_splits import read_split
+from lightning_imaml.data.episodic import EpisodicDataModule, require_choice
+from lightning_imaml.data.images import Classes, Decoding, LazyImages, OnBroken, find_classes, find_place, load_images
+from lightning_imaml.data.labelled import ClassPool
+from lightning_imaml.data.sampling import SPLITS
+
+
+class ImageFolderDataModule(EpisodicDataModule):
+    """Draws tasks from images that lie in a folder for each class, with any number of images each.
+
+    ``root`` is one of these; images may lie in folders below that of their class, too:
+
+    - a folder or zip archive of ``<class>/…``, whose classes are split as ``class_split`` or ``split_file`` says;
+    - a folder of ``train``, ``val`` and ``test``, or some of them, each a folder or ``.zip`` archive of ``<class>/…``.
+
+    One more folder around all classes, as most archives have, does not matter.
+    tieredImageNet and CUB are read so, with the split file of the protocol that is to be followed (CUB has several).
+    Images become ``[channels, image_size, image_size]`` with values in [0, 1]: what is not square loses its sides,
+    greyscale becomes colour or the other way round, and transparency is dropped.
+
+    Args:
+        root: the folder or archive.
+        image_size: pixels, the side of a picture.
+        channels: 3 for colour, 1 for greyscale.
+        split_file: a CSV file with the columns ``class,split``: the name of a class's folder, and train, val or test.
+            Classes that it does not name are left out.
+        on_broken: whether an image that cannot be read stops all, or is left out with a warning.
+        in_memory: whether all images are kept in memory, as bytes; else each is read when it is drawn, which needs
+            ``num_workers`` and ``on_broken="raise"``.
+        cache_dir: where images in memory are kept between runs, decoded; None for ``$XDG_CACHE_HOME/lightning_imaml``
+            or ``~/.cache/lightning_imaml``.
+        **options: those of :class:`EpisodicDataModule`, apart from the datasets. ``small_classes="skip"`` leaves out
+            the classes with too few images.
+
+    Raises:
+        FileNotFoundError: in :meth:`setup`, there is no such folder or file.
+        ValueError: as for :class:`EpisodicDataModule`; no class is found, or an image cannot be read.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        image_size: int = 84,
+        channels: int = 3,
+        split_file: str | os.PathLike[str] | None = None,
+        on_broken: OnBroken = "raise",
+        in_memory: bool = True,
+        cache_dir: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> None:
+        # Plain strings: hyperparameters go into checkpoints, which load only plain types by default.
+        root = os.fspath(root)
+        split_file = None if split_file is None else os.fspath(split_file)
+        cache_dir = None if cache_dir is None else os.fspath(cache_dir)
+        super().__init__(None, None, None, in_memory=in_memory, **options)
+        require_choice("on_broken", on_broken, ("raise", "skip"))
+        if on_broken == "skip" and not in_memory:
+            raise ValueError(
+                "on_broken must be 'raise' where images are read when they are drawn, since a task cannot do without "
+                "one; found 'skip' with in_memory=False. Keep the images in memory, or remove the broken ones."
+            )
+        if channels not in (1, 3) or image_size < 1:
+            raise ValueError(
+                f"channels must be 1 or 3 and image_size at least 1 pixel; found {channels} and {image_size}."
+            )
+
+    def configure_splits(self) -> Mapping[str, ClassPool]:
+        """Find the classes, split them and read their images."""
+        root = Path(self.hparams["root"]).expanduser()
+        if (not root.is_dir() and root.suffix != ".zip") or not root.exists():
+            raise FileNotFoundError(
+                f"root must be a folder or a .zip archive with a folder for each class; found none at "
+                f"{str(root)!r}. Check the path."
+            )
+        places = {name: place for name in SPLITS if (place := find_place(root, name)) is not None}
+        if places and self.hparams["split_file"] is None:
+            return {name: self._load(self._found(place)) for name, place in places.items()}
+        classes = self._found(root)
+        if self.hparams["split_file"] is None:
+            return self.split_by_class(self._load(classes))
+        path = Path(self.hparams["split_file"]).expanduser()
+        split = read_split(path)
+        missing = [label for labels in split.values() for label in labels if label not in classes]
+        if missing:
+            raise ValueError(
+                f"split_file must name folders that root has; found {len(missing)} in {str(path)!r} that "
+                f"{str(root)!r} lacks, such as {missing[0]!r} (it has {next(iter(classes))!r}). "
+                "Use the folder that the file was written for."
+            )
+        return {name: self._load({label: classes[label] for label in labels}) for name, labels in split.items()}
+
+    def _found(self, place: Path) -> Classes:
+        classes = find_classes(place)
+        if len(classes) == 1:  # a folder around the classes, as in most archives of a folder
+            inside = find_classes(place, prefix=f"{next(iter(classes))}/")
+            classes = inside if len(inside) > 1 else classes
+        if not any(classes.values()):
+            raise ValueError(
+                f"root must have a folder of images for each class; found no image in a folder of {str(place)!r}. "
+                "Put the images of each class into a folder of its own."
+            )
+        return classes
+
+    def _load(self, classes: Classes) -> ClassPool:
+        decode = Decoding(self.hparams["image_size"], self.hparams["channels"], crop=True)
+        if self.hparams["in_memory"]:
+            folder = self.hparams["cache_dir"]
+            return load_images(
+                classes,
+                decode,
+                name="images",
+                folders=[Path(folder).expanduser() if folder else default_cache_dir()],
+                on_broken=self.hparams["on_broken"],
+            )
+        source = LazyImages(classes, decode)
+        return ClassPool(source, _positions(classes), named=True)
+
+
+def _positions(classes: Mapping[str, Sequence[object]]) -> dict[Hashable, NDArray[np.int64]]:
+    """The positions of each class's items, where all items are listed class by class."""
+    members: dict[Hashable, NDArray[np.int64]] = {}
+    start = 0
+    for label, items in classes.items():
+        members[label] = np.arange(start, start + len(items))
+        start += len(items)
+    return members

@@ -1,0 +1,286 @@
+"""Image files in folders and zip archives, by class: found, decoded and kept in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+import zlib
+from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_imaml.data.cache import Arrays, cached_arrays
+from lightning_imaml.data.labelled import ClassPool, LabelledTensors
+
+OnBroken = Literal["raise", "skip"]
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+_BROKEN = (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
+_VERSION = 1  # of the decoding: change it together with what decides the pixels, so that old caches are not used
+_SHOWN = 5
+
+
+class ImageFile(NamedTuple):
+    """A file in a folder or in a zip archive: the place, and the file's path inside it with forward slashes."""
+
+    place: Path
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.place}/{self.name}"
+
+
+Classes = dict[str, list[ImageFile]]
+"""The image files of each class, both in order."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a file becomes an array ``[C, size, size]``.
+
+    Attributes:
+        size: pixels, the side of the picture.
+        channels: 1 for greyscale, 3 for colour; images of another kind are converted, transparency is dropped.
+        crop: whether to cut the sides off an image that is not square, instead of squeezing it.
+    """
+
+    size: int
+    channels: int
+    crop: bool = False
+
+    def __call__(self, data: bytes) -> NDArray[np.uint8]:
+        """Decode a file, shrinking or enlarging it with Lanczos' filter where it has another size."""
+        with Image.open(BytesIO(data)) as opened:
+            image: Image.Image = opened
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"it has {image.mode} pixels, which are not 8 bits; convert it")
+            if "transparency" in image.info:
+                image = image.convert("RGBA")
+            image = image.convert("L" if self.channels == 1 else "RGB")
+            if image.size != (self.size, self.size):
+                size, filter = (self.size, self.size), Image.Resampling.LANCZOS
+                image = ImageOps.fit(image, size, filter) if self.crop else image.resize(size, filter)
+            array = np.asarray(image, dtype=np.uint8)
+        return np.ascontiguousarray(array[None] if self.channels == 1 else array.transpose(2, 0, 1))
+
+
+def find_place(root: Path, name: str) -> Path | None:
+    """The folder ``name`` or else the archive ``name.zip`` in ``root``, or None."""
+    if (root / name).is_dir():
+        return root / name
+    archive = root / f"{name}.zip"
+    return archive if archive.is_file() else None
+
+
+def find_classes(place: Path, depth: int = 1, prefix: str = "") -> Classes:
+    """Find the image files of a folder or zip archive by class.
+
+    Args:
+        place: the folder or archive.
+        depth: how many folders make up the name of a class; deeper ones do not matter.
+        prefix: look in this folder of the archive only.
+
+    Returns:
+        The classes, sorted; those of empty folders have no files.
+    """
+    classes: Classes = {}
+    for name in sorted(_names(place)):
+        if not name.startswith(prefix):
+            continue
+        parts = name.removeprefix(prefix).split("/")
+        if len(parts) <= depth or any(part.startswith((".", "__MACOSX")) for part in parts):
+            continue
+        files = classes.setdefault("/".join(parts[:depth]), [])
+        if name.lower().endswith(ENDINGS):
+            files.append(ImageFile(place, name))
+    return dict(sorted(classes.items()))
+
+
+def image_names(place: Path) -> list[str]:
+    """The paths of the image files in a folder or archive."""
+    return [name for name in _names(place) if name.lower().endswith(ENDINGS) and not name.startswith("__MACOSX")]
+
+
+def _names(place: Path) -> list[str]:
+    """All paths in a folder or archive, those of folders with a slash at the end."""
+    if place.is_dir():
+        found = []
+        for folder, _, files in os.walk(place, followlinks=True):
+            inside = Path(folder).relative_to(place).as_posix()
+            inside = "" if inside == "." else f"{inside}/"
+            found += [inside, *(inside + file for file in files)]
+        return found
+    with zipfile.ZipFile(place) as archive:
+        return archive.namelist()
+
+
+class ImageReader:
+    """Reads files; archives stay open until the end of the ``with`` block."""
+
+    def __init__(self) -> None:
+        self.stack = ExitStack()
+        self.archives: dict[Path, zipfile.ZipFile] = {}
+
+    def __enter__(self) -> ImageReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def open(self, files: Sequence[ImageFile]) -> None:
+        """Open the archives that these files are in."""
+        for place in {file.place for file in files}:
+            if not place.is_dir():
+                self.archives[place] = self.stack.enter_context(zipfile.ZipFile(place))
+
+    def read(self, file: ImageFile) -> bytes:
+        """The content of a file."""
+        archive = self.archives.get(file.place)
+        return (file.place / file.name).read_bytes() if archive is None else archive.read(file.name)
+
+
+def read_image(reader: ImageReader, file: ImageFile, decode: Decoding) -> NDArray[np.uint8]:
+    """Read one image.
+
+    Returns:
+        ``[C, size, size]``.
+
+    Raises:
+        ValueError: it cannot be read; the message names it.
+    """
+    try:
+        return decode(reader.read(file))
+    except (*_BROKEN, KeyError) as error:
+        raise ValueError(
+            f"every image must be a readable image file; {file} is not ({error}). Restore or remove the file, or "
+            "pass on_broken='skip' to go on without it."
+        ) from error
+
+
+def load_images(
+    classes: Mapping[str, Sequence[ImageFile]],
+    decode: Decoding,
+    *,
+    name: str,
+    folders: Sequence[Path],
+    on_broken: OnBroken = "raise",
+) -> ClassPool:
+    """Read all images into memory, from the cache if they are there.
+
+    Args:
+        classes: the files of each class.
+        decode: makes arrays of them.
+        name: begins the name of the file in the cache.
+        folders: where to look for the cache, see :func:`cached_arrays`.
+        on_broken: whether an image that cannot be read stops all, or is left out with a warning.
+
+    Returns:
+        The classes in the same order, also those without images.
+
+    Raises:
+        ValueError: an image cannot be read; the message names it.
+    """
+    files = [file for members in classes.values() for file in members]
+    labels = np.repeat(np.arange(len(classes)), [len(members) for members in classes.values()])
+    key = hashlib.sha256(f"{_VERSION} {decode} {on_broken}".encode())
+    for line in _fingerprints(files):
+        key.update(line.encode())
+    for label in labels:
+        key.update(b"%d " % label)
+    arrays = cached_arrays(f"{name}-{key.hexdigest()[:16]}", folders, lambda: _read_all(files, decode, on_broken))
+    kept = arrays["kept"]
+    if len(kept) < len(files):
+        missing = sorted(set(range(len(files))) - set(kept.tolist()))
+        more = ", …" if len(missing) > _SHOWN else ""
+        named = ", ".join(str(files[index]) for index in missing[:_SHOWN])
+        rank_zero_warn(f"{len(missing)} of {len(files)} images are left out, since they cannot be read: {named}{more}.")
+    source = LabelledTensors(
+        torch.from_numpy(arrays["images"]),
+        torch.from_numpy(labels[kept]),
+        list(classes),
+        [files[index].name for index in kept],
+    )
+    members: dict[Hashable, NDArray[np.int64]] = {
+        label: np.flatnonzero(labels[kept] == index) for index, label in enumerate(classes)
+    }
+    return ClassPool(source, members, named=True)
+
+
+def _fingerprints(files: Sequence[ImageFile]) -> list[str]:
+    """What tells one copy of the files from another without reading them."""
+    lines = []
+    sums: dict[Path, dict[str, int]] = {}
+    for file in files:
+        if file.place.is_dir():
+            status = (file.place / file.name).stat() if (file.place / file.name).is_file() else None
+            lines.append(f"{file.name} {status and (status.st_size, status.st_mtime_ns)}\n")
+            continue
+        if file.place not in sums:
+            with zipfile.ZipFile(file.place) as archive:
+                sums[file.place] = {entry.filename: entry.CRC for entry in archive.infolist()}
+        lines.append(f"{file.name} {sums[file.place].get(file.name)}\n")
+    return lines
+
+
+def _read_all(files: Sequence[ImageFile], decode: Decoding, on_broken: OnBroken) -> Arrays:
+    images = np.empty((len(files), decode.channels, decode.size, decode.size), dtype=np.uint8)
+    with ImageReader() as reader, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        reader.open(files)
+
+        def read(index: int) -> bool:
+            try:
+                images[index] = read_image(reader, files[index], decode)
+            except ValueError:
+                if on_broken == "raise":
+                    raise
+                return False
+            return True
+
+        # In order, so that of several broken images the same one is named each time.
+        readable = list(threads.map(read, range(len(files))))
+    kept = np.flatnonzero(np.asarray(readable, dtype=bool))
+    return {"images": images if len(kept) == len(files) else images[kept], "kept": kept}
+
+
+class LazyImages(Dataset[tuple[Tensor, int]]):
+    """Images that stay on disk and are read when they are drawn: for more data than fits into memory.
+
+    Args:
+        classes: the files of each class.
+        decode: makes arrays of them.
+    """
+
+    def __init__(self, classes: Mapping[str, Sequence[ImageFile]], decode: Decoding) -> None:
+        self.files = [file for members in classes.values() for file in members]
+        self.targets = [label for label, members in enumerate(classes.values()) for _ in members]
+        self.classes = list(classes)
+        self.items = [file.name for file in self.files]
+        self.decode = decode
+        self.reader: ImageReader | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """An image ``[C, size, size]``, ``float32`` in [0, 1], and its label."""
+        if self.reader is None:
+            # In each loader worker anew: processes that share an open archive would move its file position.
+            self.reader = ImageReader()
+            self.reader.open(self.files)
+        image = torch.from_numpy(read_image(self.reader, self.files[index], self.decode))
+        return image.to(torch.float32).div_(255), self.targets[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "reader": None}
