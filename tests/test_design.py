@@ -66,7 +66,7 @@ def test_no_file_is_long(path):
 # Each room may import from the rooms before it.
 ROOMS = [
     "_version", "component", "phases", "episodes", "bad_tasks", "regularizers", "matrix_form", "compilation", "tasks",
-    "curvature", "linear", "inner", "meta_gradients", "functional", "metrics", "task_mean", "outer_step",
+    "curvature", "linear", "inner", "meta_gradients", "chunks", "functional", "metrics", "task_mean", "outer_step",
     "checkpoints", "module", "callbacks", "data", "models", "cli",
 ]  # fmt: skip
 
