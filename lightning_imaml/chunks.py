@@ -73,8 +73,10 @@ def _bytes_of_a_task(model: FlatModel, inputs: Any) -> int:
             torch.enable_grad(),
             saved_tensors_hooks(pack, lambda t: t),
         ):
+            # Copies, since a forward pass may write to the network's buffers.
+            state = {name: tensor.clone() for name, tensor in model.state().items()}
             # Held, since what is freed gives its address to another.
-            outputs = model(model.initial().unsqueeze(0).requires_grad_(), model.cast(ordinary(one)))
+            outputs = model(model.initial().unsqueeze(0).requires_grad_(), model.cast(ordinary(one)), state)
         del outputs
         known[key] = sum(kept.values())
     return known[key]

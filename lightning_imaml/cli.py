@@ -27,7 +27,7 @@ class Parser(LightningArgumentParser):
     def _proposal(self, message: str) -> str:
         # What was not accepted, and among which names it should have been: jsonargparse says both in words.
         if found := re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message):
-            unknown, valid = found[2], list(inspect.signature(_imported(found[1])).parameters)
+            unknown, valid = found[2], _arguments(_imported(found[1]))
         elif found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
             unknown, valid = found[2], [name for name in dir(importlib.import_module(found[1])) if name[0] != "_"]
         elif found := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
@@ -51,6 +51,12 @@ class Parser(LightningArgumentParser):
 def _imported(path: str) -> Any:
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+
+def _arguments(kind: type) -> list[str]:
+    """The names of a class's arguments, those that it hands on to its bases too."""
+    found = [p for base in kind.__mro__[:-1] for p in inspect.signature(base.__init__).parameters.values()]  # type: ignore[misc]
+    return [p.name for p in found if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def run(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
