@@ -85,8 +85,10 @@ def _bytes_of_a_task(model: FlatModel, inputs: Any) -> int:
             contextlib.suppress(RuntimeError),
             saved_tensors_hooks(pack, lambda t: t),
         ):
+            # Copies, since a forward pass may write to the network's buffers.
+            state = {name: tensor.clone() for name, tensor in model.state().items()}
             # Held, since what is freed gives its address to another.
-            outputs = model(row.clone().requires_grad_(), model.cast(ordinary(one)))
+            outputs = model(row.clone().requires_grad_(), model.cast(ordinary(one)), state)
             del outputs
         known[key] = sum(kept.values()) or row.nbytes
     return known[key]

@@ -37,6 +37,7 @@ NAMES = {
         "ImageFolderDataModule", "TasksetDataModule", "SinusoidDataModule", "LinearRegressionDataModule", "PerSample",
     ],
     "lightning_imaml.models": ["Conv4", "MLP", "ResNet12", "WideResNet", "use_batch_statistics"],
+    "lightning_imaml.checkpoints": ["AtomicCheckpointIO"],
     "lightning_imaml.metrics": [
         "EpisodicAccuracy", "EpisodicInterval95", "EpisodicLoss", "EpisodicCalibrationError", "EpisodicMetric",
         "with_intervals",
@@ -64,9 +65,10 @@ def test_no_file_is_long(path):
 
 # Each room may import from the rooms before it.
 ROOMS = [
-    "_version", "component", "phases", "episodes", "bad_tasks", "regularizers", "matrix_form", "compilation", "tasks",
+    "_version", "component", "phases", "episodes", "bad_tasks", "random_states", "regularizers", "matrix_form",
+    "compilation", "tasks",
     "chunks", "curvature", "linear", "inner", "meta_gradients", "functional", "metrics", "task_mean", "outer_step",
-    "module", "callbacks", "data", "models", "cli",
+    "checkpoints", "module", "callbacks", "data", "models", "cli",
 ]  # fmt: skip
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
-import shutil
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_imaml import IMAMLModule
+from lightning_imaml.checkpoints import AtomicCheckpointIO
 from lightning_imaml.data import EpisodicDataModule
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.regularizers import Proximal
@@ -207,29 +207,53 @@ def test_validation_by_meta_steps_goes_on_after_a_resume(tmp_path):
     assert at == [4, 6, 8]
 
 
-def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, monkeypatch, whole):
-    """The disk is full from the seventh step on: the write fails halfway, as ENOSPC does."""
-    full = {"from": 7}
-    model, saver = module(), each_step(tmp_path)
-    run = trainer(tmp_path, saver)
-    move = shutil.move
+class FullDisk(Callback):
+    """From a step on, no file of this process can grow as large as a checkpoint: the write fails near its end."""
 
-    def no_space(source, target):
-        if run.global_step >= full["from"] and str(target).startswith(str(tmp_path)):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return move(source, target)
+    def __init__(self, step: int, folder: Path):
+        self.step, self.folder = step, folder
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    monkeypatch.setattr(shutil, "move", no_space)
-    with pytest.raises(OSError, match="No space left"):
-        run.fit(model, datamodule=data())
-    monkeypatch.undo()
-    kept = sorted(path.name for path in tmp_path.glob("*.ckpt"))
-    assert kept == ["last.ckpt", "step=5.ckpt", "step=6.ckpt"]
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            size = (self.folder / "last.ckpt").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size - 100, self.before[1]))
+
+    def on_exception(self, trainer, pl_module, exception):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+@pytest.mark.parametrize("plugins", [[], [AtomicCheckpointIO()]], ids=["Lightning's", "ours"])
+def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, plugins, whole):
+    run = trainer(tmp_path, FullDisk(6, tmp_path), each_step(tmp_path), plugins=plugins)
+    with pytest.raises(OSError, match=r"File too large|must have room for it"):
+        run.fit(module(), datamodule=data())
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == ["last.ckpt", "step=5.ckpt", "step=6.ckpt"]  # Nothing that is torn, either.
     for name in kept:
         assert torch.load(tmp_path / name, weights_only=True)["global_step"] in (5, 6)
     again = module()
     trainer(tmp_path).fit(again, datamodule=data(), ckpt_path=tmp_path / "last.ckpt")
     torch.testing.assert_close(weights(again), whole, rtol=0, atol=0)
+
+
+def test_our_checkpoints_are_moved_within_their_folder(tmp_path, monkeypatch):
+    """So never copied from one file system to another; Lightning's own way goes through the temporary folder."""
+    moved = []
+    replace = Path.replace
+    monkeypatch.setattr(
+        Path, "replace", lambda self, to: (moved.append((self.parent, to.parent)), replace(self, to))[1]
+    )
+    run = trainer(tmp_path, each_step(tmp_path), plugins=[AtomicCheckpointIO()], max_steps=1)
+    run.fit(module(), datamodule=data())
+    assert moved
+    assert all(source == target == tmp_path for source, target in moved)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "file" / "model.ckpt")
 
 
 def test_a_loader_worker_that_dies_is_named():

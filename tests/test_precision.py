@@ -192,3 +192,18 @@ def test_the_monitor_measures_what_a_short_precision_costs(precision):
 def test_the_choice_is_checked():
     with pytest.raises(ValueError, match="solve_precision must be one of 'full', 'trainer'; found 'half'"):
         IMAMLModule(network(), solve_precision="half")
+
+
+@pytest.mark.slow  # Compiles: what is compiled under one precision must not be taken for another.
+def test_compiled_solves_keep_to_their_precision():
+    short = network().bfloat16()
+    rounded = Episode(*[t.bfloat16() if t.is_floating_point() else t for t in episode()])
+    settings = SETTINGS | {"estimator": Implicit(ConjugateGradient(3), GaussNewton())}
+    for model, tasks, tolerance in ((short, rounded, 1e-4), (network(), episode(), 1e-4)):
+        expected = meta_gradient(model, tasks, **settings).grads
+        found = meta_gradient(model, tasks, compile=True, **settings).grads
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    with torch.autocast("cpu", torch.bfloat16):
+        ambient = meta_gradient(network(), episode(), compile=True, full_precision=False, **settings).grads
+    far = max((ambient[name] - expected[name]).abs().max().item() for name in expected)
+    assert 1e-5 < far < 5e-2

@@ -1,0 +1,46 @@
+"""Checkpoints that a full disk or a crash cannot tear."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write a checkpoint beside its place, and move it there once it is whole and on the disk.
+
+    ``Trainer(plugins=[AtomicCheckpointIO()])``. Lightning's own writes to the folder for temporary files, which may be
+    on another file system: the move is a copy then, and a full disk tears the file that it overwrites, such as
+    ``last.ckpt``. For files that the operating system sees; other addresses go to Lightning's own.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Save, or leave everything as it was.
+
+        Raises:
+            OSError: the disk is full, or the folder cannot be written; the message names the file.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+        try:
+            with part.open("xb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(target)
+        except (OSError, RuntimeError) as error:  # torch.save wraps what the system says.
+            raise OSError(
+                f"the folder of a checkpoint must have room for it; found that {target} cannot be written ({error}). "
+                "Earlier checkpoints are as they were: make room and resume from the last one."
+            ) from error
+        finally:
+            part.unlink(missing_ok=True)
