@@ -7,6 +7,7 @@ compiled, ``vmap`` and repeated differentiation too, and the code that runs with
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 import warnings
@@ -77,7 +78,7 @@ _known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
 
 def run(function: Callable[..., Any], batch: Tasks, *arguments: Tensor) -> Any:
     """``function(batch, *arguments)``, compiled if the batch asks for it."""
-    compiled = _compiled(function, function, batch, arguments, _Whole)
+    compiled = _compiled(_name(function), function, batch, arguments, _Whole)
     return function(batch, *arguments) if compiled is None else compiled(*_known[batch].leaves, *arguments)
 
 
@@ -93,15 +94,20 @@ def run_linear(
         value, product = function(batch, point)
         return value, product(vector)
 
-    compiled = _compiled(function, applied, batch, (point, torch.empty_like(point)), _Linear)
+    compiled = _compiled(_name(function), applied, batch, (point, torch.empty_like(point)), _Linear)
     if compiled is None:
         return function(batch, point)
     value, product = compiled(*_known[batch].leaves, point)
     return value, product
 
 
+def _name(function: Callable[..., Any]) -> Hashable:
+    # Methods of equal solvers are the same function; Python compares the solvers of methods by identity.
+    return (function.__func__, function.__self__) if inspect.ismethod(function) else function
+
+
 def _compiled(
-    name: Callable[..., Any], function: Callable[..., Any], batch: Tasks, arguments: tuple[Tensor, ...], kind: type[Any]
+    name: Hashable, function: Callable[..., Any], batch: Tasks, arguments: tuple[Tensor, ...], kind: type[Any]
 ) -> Callable[..., Any] | None:
     """The compiled function; None where it is to run as it is."""
     # A dispatch mode (a memory counter, a profiler) could not see into compiled code.
