@@ -51,7 +51,7 @@ class Tasks(Protocol):
         """The same with other tensors."""
 
     def signature(self) -> Hashable:
-        """Everything else that a function of it may depend on."""
+        """Everything else that a function of it may depend on, in nested tuples whose first entry is the network."""
 
 
 @dataclass
@@ -135,8 +135,8 @@ def _compiled(
         try:
             kept.compiled = _compile(function, batch, known, arguments, kind)
         except Exception as error:  # Whatever the compiler cannot do, the code itself still can.
-            # Once for each network and loss, whatever the shapes.
-            told = any(other.failed for (_, key), other in _kept.items() if key[0] == known.key[0])
+            network = _network(known.key)
+            told = any(other.failed for (_, key), other in _kept.items() if _network(key) == network)
             kept.failed = True
             if not told:
                 warnings.warn(
@@ -145,6 +145,12 @@ def _compiled(
                     stacklevel=2,
                 )
     return kept.compiled
+
+
+def _network(key: Hashable) -> Hashable:
+    while isinstance(key, tuple):
+        key = key[0]
+    return key
 
 
 def _compile(

@@ -348,23 +348,15 @@ def _check_chunk_size(chunk_size: int | None) -> None:
 
 @contextmanager
 def _precision(flat: FlatModel, full: bool) -> Iterator[None]:
-    """Leave inference mode, which cannot differentiate, and what rounds: a bf16 Hessian product is wrong by 5e-3."""
+    """Leave inference mode, which cannot differentiate, and autocast: a bf16 Hessian product is wrong by 5e-3."""
     default = torch.get_default_dtype()
-    tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     with torch.inference_mode(False), torch.autocast(flat.device.type, enabled=False) if full else nullcontext():
         if flat.dtype != flat.stored_dtype:  # What the network makes anew must fit, too.
             torch.set_default_dtype(flat.dtype)
-        if full:  # PyTorch's default lets convolutions on a GPU round their inputs to 10 bits.
-            _allow_tf32(False, False)
         try:
             yield
         finally:
             torch.set_default_dtype(default)
-            _allow_tf32(*tf32)
-
-
-def _allow_tf32(convolutions: bool, products: bool) -> None:
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
 
 
 def _join(flat: FlatModel, estimates: list[Estimate], tol: float, tasks: Tensor) -> MetaGradient:

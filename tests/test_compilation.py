@@ -116,7 +116,9 @@ def test_compiled_results_are_the_eager_ones(caplog):
                 same(plain, meta_gradient(net, episode, compile=True, **settings), rtol=1e-8)
     finally:
         logger.removeHandler(caplog.handler)
-    assert sum("compiled" in message for message in caplog.messages) == 3
+    # A set, since the logger may hand messages on to the handler a second time.
+    assert len({message.split(" for ")[0] for message in caplog.messages if "compiled" in message}) == 3
+    assert len(compilation._kept) == 3
     assert all(kept.compiled is not None for kept in compilation._kept.values())
 
 
@@ -187,7 +189,7 @@ def test_nothing_is_stale(recorded):
             tensor.add_(0.3)
             check()
     assert len(recorded) == count
-    check(loss=F.l1_loss)
+    check(loss=F.huber_loss)
     assert len(recorded) > count
     count = len(recorded)
     other = Net().double().eval()

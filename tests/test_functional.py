@@ -298,20 +298,3 @@ def test_a_network_that_differentiates_by_itself_gets_a_default_chunk_size(monke
         meta_gradient(net, regression_episode(), loss=F.mse_loss, chunk_size=size).loss for size in (None, 1)
     )
     torch.testing.assert_close(by_default, single)
-
-
-def test_solves_do_not_round_to_tf32(monkeypatch, tanh_net):
-    """PyTorch's default lets convolutions round; the user's own setting is put back."""
-    seen = []
-
-    def loss(outputs, targets):
-        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
-        return F.mse_loss(outputs, targets)
-
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    meta_gradient(tanh_net, regression_episode(), loss=loss)
-    assert set(seen) == {(False, False)}
-    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
-    seen.clear()
-    meta_gradient(tanh_net, regression_episode(), loss=loss, full_precision=False)
-    assert set(seen) == {before}

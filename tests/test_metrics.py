@@ -187,7 +187,7 @@ def _measure(rank, path, results):
 
 
 def test_two_processes_give_what_one_would(tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # A fork would copy locks of threads that it has not
     results = context.Queue()
     processes = [context.Process(target=_measure, args=(rank, tmp_path / "store", results)) for rank in range(2)]
     for process in processes:

@@ -1,4 +1,4 @@
-"""The Hessian-free solver reaches gradient descent's stationarity with fewer evaluations."""
+"""The comparison of the Hessian-free solver with gradient descent counts what each of them evaluates."""
 
 from __future__ import annotations
 
@@ -6,18 +6,36 @@ import csv
 
 import hessian_free
 import pytest
+import torch
+
+from lightning_imaml.curvature import GaussNewton, Hessian
+from lightning_imaml.data import GlyphDataModule
+from lightning_imaml.inner import HessianFree
 
 
-@pytest.mark.slow  # Conv4-64 as in the documentation, for some seconds.
-def test_fewer_evaluations_than_gradient_descent(tmp_path, capsys):
-    rows = hessian_free.main(["--tasks", "2", "--strengths", "2.0", "--output", str(tmp_path)])
+def test_counts_are_those_of_the_solvers(tmp_path, capsys):
+    options = ["--tasks", "2", "--strengths", "2.0", "--steps", "3", "--most", "2", "--output", str(tmp_path)]
+    rows = hessian_free.main(options)
     descent, *newton = rows
-    assert descent["solver"] == "gradient descent"
-    assert descent["gradients"] == 16
-    assert [row["solver"] for row in newton] == ["Hessian-free, Hessian", "Hessian-free, Gauss-Newton"]
-    gauss_newton = newton[1]
-    assert gauss_newton["reached"] == 1
-    assert gauss_newton["gradients"] + gauss_newton["products"] < 16
+    assert (descent["gradients"], descent["products"], descent["values"]) == (3, 0, 0)
+    assert descent["reached"] == 1
+    for row in newton:
+        steps = row["gradients"]
+        assert 1 <= steps <= 2
+        assert row["products"] == 5 * steps
+        assert row["values"] >= 2 * steps  # Where a step sets out, and at least one try of its length.
+        assert (row["reached"] == 1) == (row["largest_gradient_norm"] <= descent["largest_gradient_norm"]) or steps == 2
     with (tmp_path / "hessian_free.csv").open() as file:
         assert [row["solver"] for row in csv.DictReader(file)] == [row["solver"] for row in rows]
     assert "Gauss-Newton" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("curvature", [Hessian(), GaussNewton()])
+def test_counting_changes_nothing(curvature):
+    episode = next(iter(GlyphDataModule(queries=1, tasks_per_batch=2).train_dataloader()))
+    problem = hessian_free.problem_of(episode, 2.0, 0)
+    plain = HessianFree(2, curvature=curvature).solve(problem, problem.start()).parameters
+    _, counts = hessian_free.until(problem, curvature, torch.zeros(2), most=2)
+    counted = HessianFree(2, curvature=hessian_free.CountingCurvature(curvature)).solve(problem, problem.start())
+    assert torch.equal(counted.parameters, plain)
+    assert (counts["gradients"], counts["products"]) == (2, 10)
