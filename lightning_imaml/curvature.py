@@ -77,8 +77,8 @@ class Hessian(Curvature):
             regular = _regularizer_product(problem, parameters, vector)
             if not gradient.requires_grad:  # A loss that is linear in φ has no second derivative.
                 return regular
-            (loss_product,) = torch.autograd.grad(gradient, point, vector, retain_graph=True, allow_unused=True)
-            return regular if loss_product is None else loss_product + regular
+            (loss_product,) = torch.autograd.grad(gradient, point, vector, retain_graph=True, materialize_grads=True)
+            return loss_product + regular
 
         return Linearization(gradient.detach() + _regularizer_gradient(problem, parameters), product)
 
@@ -123,9 +123,7 @@ class GaussNewton(Curvature):
             if not slope.requires_grad:  # A loss that is linear in the outputs has no curvature.
                 return regular
             (pushed,) = torch.autograd.grad(pullback, weight, vector, retain_graph=True)
-            (bent,) = torch.autograd.grad(slope, cut, pushed, retain_graph=True, allow_unused=True)
-            if bent is None:
-                return regular
+            (bent,) = torch.autograd.grad(slope, cut, pushed, retain_graph=True, materialize_grads=True)
             (pulled,) = torch.autograd.grad(outputs, point, bent, retain_graph=True)
             return pulled + regular
 
