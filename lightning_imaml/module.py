@@ -285,6 +285,17 @@ class IMAMLModule(OuterStep):
 
     # Training
 
+    def on_train_start(self) -> None:
+        """Refuse trainable parameters that no meta-gradient reaches, those of a loss for example."""
+        super().on_train_start()
+        reached = {id(p) for part in (self.backbone, self.strengths) for p in part.parameters()}
+        lost = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in reached]
+        if lost:
+            raise ValueError(
+                f"every trainable parameter must belong to the backbone or to the regulariser; found {lost} elsewhere, "
+                "which would never change. Move it into the backbone, or set requires_grad=False."
+            )
+
     def training_step(self, batch: Episode, batch_idx: int) -> Tensor | None:
         """One meta-gradient, and an outer step when enough batches have been accumulated.
 

@@ -363,3 +363,19 @@ def test_most_tasks_indefinite_is_told_once():
 def test_bad_settings_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         module(**settings)
+
+
+def test_a_trainable_parameter_that_no_meta_gradient_reaches_is_refused():
+    class Tempered(IMAMLModule):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            self.temperature = nn.Parameter(torch.ones(()))
+
+        def outer_loss(self, outputs, targets):
+            return F.cross_entropy(outputs / self.temperature, targets)
+
+    with pytest.raises(ValueError, match=r"found \['temperature'\] elsewhere, which would never change"):
+        trainer().fit(Tempered(backbone=network()), loader())
+    fixed = Tempered(backbone=network())
+    fixed.temperature.requires_grad_(False)
+    trainer(max_steps=1).fit(fixed, loader())
