@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import class_episode
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelSummary
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -110,7 +110,10 @@ FLAGS = {
         {"enable_progress_bar": True},
         lambda run, model: "test/accuracy" in run.progress_bar_metrics,
     ),
-    "enable_model_summary": ({"enable_model_summary": True}, lambda run, model: run.global_step == 4),
+    "enable_model_summary": (
+        {"enable_model_summary": True},
+        lambda run, model: any(isinstance(c, ModelSummary) for c in run.callbacks),
+    ),
 }
 
 
