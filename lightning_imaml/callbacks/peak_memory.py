@@ -33,7 +33,8 @@ class PeakMemoryMonitor(Callback):
     The step and its phases are, on CUDA, what PyTorch's allocator has handed out (``torch.cuda.max_memory_allocated``;
     its peak counter is reset in a due step). Elsewhere they are the exact bytes of live tensors: parameters, gradients,
     optimizer state, the batch, and all that the step makes and autograd keeps, counted by ``LiveTensorBytes``. Counting
-    makes the due step slower; the other steps cost one comparison.
+    makes the due step slower; the other steps cost one comparison. Compiled code cannot be counted so: with
+    ``compile=True`` a due step runs without the compiler, and rounds like that.
 
     Args:
         every_n_steps: how often to measure, in optimizer steps.
