@@ -196,6 +196,8 @@ class OuterStep(LightningModule):
 
     def _of_all_ranks(self, *values: float) -> list[list[float]]:
         """Every rank's values, rank by rank."""
+        if self.trainer.world_size == 1:  # No message, and no wait for the device in every step.
+            return [list(values)]
         # By a sum: Lightning's all_gather warns of what PyTorch deprecates, and would be differentiable for nothing.
         table = torch.zeros(self.trainer.world_size, len(values), device=self.device)
         table[self.global_rank] = torch.tensor(values)
