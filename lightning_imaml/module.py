@@ -21,11 +21,10 @@ from lightning_imaml.functional import Adapted, MetaGradient
 from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.meta_gradients import Estimator, Implicit
-from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, is_classification
+from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, TaskMean, is_classification
 from lightning_imaml.outer_step import OuterStep, surrogate, training_values
 from lightning_imaml.phases import META_STEP, phase
 from lightning_imaml.regularizers import Proximal, Regularizer
-from lightning_imaml.task_mean import TaskMean
 from lightning_imaml.tasks import FlatModel
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
