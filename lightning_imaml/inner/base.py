@@ -83,9 +83,11 @@ class SteppingSolver(InnerSolver):
             state = self.init(problem, parameters.detach())
         taken = torch.zeros(parameters.shape[0], dtype=torch.long, device=parameters.device)
         active = torch.ones_like(taken, dtype=torch.bool)
+        anchor = parameters if parameters.requires_grad else None
+        del parameters  # The first iterate and old gradients would take [T, D] each.
         for k in range(self.steps):
             if k == constant_steps:
-                state = self._attached(state, parameters)
+                state = self._attached(state, anchor)
             with torch.set_grad_enabled(k >= constant_steps):
                 following, gradient = self.step(problem, state)
                 if self.tol > 0:
@@ -96,19 +98,20 @@ class SteppingSolver(InnerSolver):
                         torch.where(active.view(-1, *[1] * (new.ndim - 1)), new, old)
                         for new, old in zip(following, state, strict=True)
                     )
+                del gradient
                 state = following
                 taken += active
         if differentiable_steps == 0:
-            state = self._attached(state, parameters)
+            state = self._attached(state, anchor)
         return InnerSolution(state[0], taken)
 
-    def _attached(self, state: State, parameters: Tensor) -> State:
-        return (*(attach(point, parameters) for point in state[: self.positions]), *state[self.positions :])
+    def _attached(self, state: State, anchor: Tensor | None) -> State:
+        return (*(attach(point, anchor) for point in state[: self.positions]), *state[self.positions :])
 
 
-def attach(point: Tensor, parameters: Tensor) -> Tensor:
+def attach(point: Tensor, parameters: Tensor | None) -> Tensor:
     """Let ``point`` move with ``parameters`` where these are to be differentiated, without changing its value."""
-    if not parameters.requires_grad:
+    if parameters is None or not parameters.requires_grad:
         return point
     with torch.enable_grad():
         return point + (parameters - parameters.detach())

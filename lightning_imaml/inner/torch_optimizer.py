@@ -62,6 +62,7 @@ class TorchOptimizer(InnerSolver):
         active = torch.ones_like(taken, dtype=torch.bool)
         with torch.no_grad():
             for _ in range(self.steps):
+                rows.grad = None  # The last one would take [T, D] while the next is computed.
                 rows.grad = problem.gradient(rows)
                 if self.tol > 0:
                     active = active & (rows.grad.norm(dim=1) > self.tol)
