@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_imaml.component import Component, require
+from lightning_imaml.component import Component, all_done, require, require_check_every
 from lightning_imaml.tasks import InnerProblem
 
 State = tuple[Tensor, ...]
@@ -35,10 +35,13 @@ class InnerSolver(Component, ABC):
 
     steps: int
     tol: float
+    check_every: int = 1
+    """After how many steps the host looks whether all tasks are done, where there is a tolerance."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, self, "steps", "at least 1", self.steps, "The paper takes 16 for 5-way Omniglot.")
         require(self.tol >= 0, self, "tol", "zero or positive", self.tol, "Use 0 to take all steps.")
+        require_check_every(self, self.check_every)
 
     @abstractmethod
     def solve(self, problem: InnerProblem, parameters: Tensor, differentiable_steps: int = 0) -> InnerSolution:
@@ -92,7 +95,7 @@ class SteppingSolver(InnerSolver):
                 following, gradient = self.step(problem, state)
                 if self.tol > 0:
                     active = active & (gradient.detach().norm(dim=1) > self.tol)
-                    if not active.any():
+                    if all_done(active, k + 1, self.check_every):
                         break
                     following = tuple(
                         torch.where(active.view(-1, *[1] * (new.ndim - 1)), new, old)
