@@ -23,14 +23,17 @@ class GradientDescent(SteppingSolver):
         lr: the step size.
         steps: the most steps a task takes.
         tol: a task stops when ‖∇G‖ ≤ tol.
+        check_every: after how many steps the host looks whether all tasks are done, for which it waits for the device;
+            with ``tol=0`` never. The results do not depend on it.
 
     Raises:
-        ValueError: ``lr`` is not positive, ``steps`` is below 1 or ``tol`` is negative.
+        ValueError: ``lr`` is not positive, ``steps`` or ``check_every`` is below 1, or ``tol`` is negative.
     """
 
     lr: float
     steps: int
     tol: float = 0.0
+    check_every: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
