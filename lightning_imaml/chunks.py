@@ -17,7 +17,7 @@ from lightning_imaml.tasks import FlatModel
 
 # What a processor's caches can hold of a chunk: with more, batching saves less than the traffic with memory costs.
 _CPU_BYTES = 16 * 2**20
-# Compiled convolutions of several tasks are matrix products. Where fewer than these fit, the tasks are so large that the
+# Compiled convolutions of several tasks are matrix products. Where fewer than these fit, tasks are so large that the
 # library's own convolution, of one task at a time, is faster.
 _FEWEST_COMPILED = 8
 # On other devices memory is the limit: a share of all of it, so that the choice does not depend on what else runs.

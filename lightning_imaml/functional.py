@@ -21,6 +21,7 @@ from lightning_imaml.meta_gradients import Estimator, Implicit
 from lightning_imaml.meta_gradients.base import Estimate
 from lightning_imaml.phases import INNER_LOOP, phase
 from lightning_imaml.regularizers import Proximal, Regularizer
+from lightning_imaml.support_set import joined
 from lightning_imaml.tasks import FlatModel, InnerProblem, LossFunction, TaskLoss
 
 DEFAULT_INNER_SOLVER = GradientDescent(lr=0.1, steps=16)
@@ -116,25 +117,37 @@ def adapt(
     return Adapted(parameters, torch.cat([s.steps for s in solutions]), residual, residual <= inner_solver.tol)
 
 
-def predict(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any, *, chunk_size: int | None = None) -> Any:
+def predict(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    inputs: Any,
+    *,
+    support_inputs: Any = None,
+    chunk_size: int | None = None,
+) -> Any:
     """Outputs of T adapted networks.
 
     Args:
         model: the network that was adapted.
         parameters: ``Adapted.parameters``, name → ``[T, ...]``.
         inputs: ``[T, n, ...]``.
+        support_inputs: the inputs that the parameters were adapted to, ``[T, s, ...]``. A network that normalises by
+            their statistics needs them (:class:`lightning_imaml.models.SupportNorm`), others do not look at them.
         chunk_size: the most tasks at once; None chooses it from the size of a task.
 
     Returns:
         ``[T, n, ...]``, computed in the dtype of ``parameters``.
+
+    Raises:
+        ValueError: the network needs the support inputs, and they are lacking or do not fit.
     """
     _check_chunk_size(chunk_size)
     flat = FlatModel(model, dtype=next(iter(parameters.values())).dtype)
     rows = flat.flatten(parameters)
-    inputs = flat.cast(inputs)
+    inputs, support = joined(model, flat.cast(support_inputs), flat.cast(inputs))
     size = chunk_size or default_chunk_size(flat, inputs, rows.shape[0])
     pieces = [
-        flat(rows[k : k + size], pytree.tree_map(lambda t, k=k: t[k : k + size], inputs))
+        flat(rows[k : k + size], pytree.tree_map(lambda t, k=k: t[k : k + size], inputs), support=support)
         for k in range(0, rows.shape[0], size)
     ]
     return pytree.tree_map(lambda *leaves: torch.cat(leaves), *pieces)
@@ -147,6 +160,7 @@ def evaluate(
     targets: Any,
     *,
     loss: LossFunction = F.cross_entropy,
+    support_inputs: Any = None,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Any]:
     """Losses and outputs of T adapted networks, without gradients.
@@ -157,16 +171,17 @@ def evaluate(
         inputs: ``[T, n, ...]``.
         targets: ``[T, n]`` or ``[T, n, ...]``.
         loss: ``loss(outputs, targets) -> scalar`` for one task.
+        support_inputs: as for :func:`predict`.
         chunk_size: the most tasks at once; None chooses it from the size of a task.
 
     Returns:
         The losses ``[T]`` and the outputs ``[T, n, ...]``.
 
     Raises:
-        ValueError: the targets do not fit the outputs.
+        ValueError: the targets do not fit the outputs, or as for :func:`predict`.
     """
     with torch.no_grad():
-        outputs = predict(model, parameters, inputs, chunk_size=chunk_size)
+        outputs = predict(model, parameters, inputs, support_inputs=support_inputs, chunk_size=chunk_size)
         flat = FlatModel(model, dtype=next(iter(parameters.values())).dtype)
         targets = flat.cast(targets)
         task_loss = TaskLoss(flat, loss, inputs, targets, _classes("targets", targets, loss))
@@ -313,13 +328,16 @@ def _prepare(
         # Made when the solves begin, outside inference mode.
         values = regularizer.init(flat) if strengths is None else flat.cast(dict(strengths))
         initial = flat.initial()
+        query_inputs, support_rows = joined(model, episode.support_inputs, episode.query_inputs)
         size = chunk_size or default_chunk_size(
-            flat, episode.support_inputs, episode.tasks, episode.query_inputs, differentiated_steps
+            flat, episode.support_inputs, episode.tasks, query_inputs, differentiated_steps
         )
-        for part in episode.split(size):
+        for part in episode._replace(query_inputs=query_inputs).split(size):
             tasks = Episode(*flat.cast(ordinary(tuple(part))))
             support = TaskLoss(flat, loss, tasks.support_inputs, tasks.support_targets, support_classes)
-            query = TaskLoss(flat, outer_loss, tasks.query_inputs, tasks.query_targets, query_classes)
+            query = TaskLoss(
+                flat, outer_loss, tasks.query_inputs, tasks.query_targets, query_classes, support_rows=support_rows
+            )
             yield InnerProblem(support, regularizer, initial, values), query
 
     return flat, chunks

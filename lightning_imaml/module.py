@@ -342,9 +342,17 @@ class IMAMLModule(OuterStep):
     def _predict_initial(self, batch: Episode) -> Any:
         """The unadapted network on every task's query set, ``[T, n, ...]``."""
         flat = FlatModel(self.backbone)
-        rows = flat.unflatten(flat.initial().expand(batch.tasks, -1))
+        return self._predict(flat.unflatten(flat.initial().expand(batch.tasks, -1)), batch)
+
+    def _predict(self, parameters: dict[str, Tensor], batch: Episode) -> Any:
         with torch.no_grad():
-            return functional.predict(self.backbone, rows, batch.query_inputs, chunk_size=self.chunk_size)
+            return functional.predict(
+                self.backbone,
+                parameters,
+                batch.query_inputs,
+                support_inputs=batch.support_inputs,
+                chunk_size=self.chunk_size,
+            )
 
     # Evaluation
 
@@ -359,9 +367,7 @@ class IMAMLModule(OuterStep):
     def predict_step(self, batch: Episode, batch_idx: int) -> Any:
         """Adapt to the support sets, then predict the query sets: ``[T, n, ...]``."""
         batch = Episode.of(batch)
-        adapted = self.adapt(batch.support_inputs, batch.support_targets)
-        with torch.no_grad():
-            return functional.predict(self.backbone, adapted.parameters, batch.query_inputs, chunk_size=self.chunk_size)
+        return self._predict(self.adapt(batch.support_inputs, batch.support_targets).parameters, batch)
 
     def _evaluate(self, batch: Episode, stage: str) -> None:
         batch = Episode.of(batch)
@@ -372,6 +378,7 @@ class IMAMLModule(OuterStep):
             batch.query_inputs,
             batch.query_targets,
             loss=self._loss("outer_loss"),
+            support_inputs=batch.support_inputs,
             chunk_size=self.chunk_size,
         )
         for name, values in (("loss", loss), ("inner_residual", adapted.residual)):

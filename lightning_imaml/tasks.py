@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from lightning_imaml import compilation
 from lightning_imaml.random_states import random_states, set_random_states
 from lightning_imaml.regularizers.base import Regularizer
+from lightning_imaml.support_set import support_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -114,13 +115,17 @@ class FlatModel:
         """What a function of the network may depend on besides tensors."""
         return weakref.ref(self.module), tuple(m.training for m in self.module.modules()), tuple(self.names)
 
-    def __call__(self, parameters: Tensor, inputs: Any, state: Mapping[str, Tensor] | None = None) -> Any:
+    def __call__(
+        self, parameters: Tensor, inputs: Any, state: Mapping[str, Tensor] | None = None, support: int = 0
+    ) -> Any:
         """Outputs of every task's own network.
 
         Args:
             parameters: ``[T, D]``.
-            inputs: ``[T, n, ...]``.
+            inputs: ``[T, n, ...]``, or from :func:`support_set.joined`.
             state: stands in for :meth:`state`.
+            support: how many of the first samples are the support set of the others, and have no outputs here; with 0,
+                all of them are and have.
 
         Returns:
             ``[T, n, ...]``.
@@ -129,7 +134,9 @@ class FlatModel:
             state = self.state()
 
         def call(named: dict[str, Tensor], inputs: Any) -> Any:
-            return functional_call(self.module, {**named, **(state or {})}, (inputs,))
+            with support_rows(support):
+                outputs = functional_call(self.module, {**named, **(state or {})}, (inputs,))
+            return pytree.tree_map(lambda t: t[support:], outputs) if support else outputs
 
         return over_tasks(call, self.module, self.unflatten(parameters), inputs)
 
@@ -141,10 +148,11 @@ class TaskLoss:
     Attributes:
         model: the network.
         loss: ``loss(outputs, targets) -> scalar`` for one task.
-        inputs: ``[T, n, ...]``.
+        inputs: ``[T, n, ...]``, or from :func:`support_set.joined`.
         targets: ``[T, n, ...]``.
         classes: the number of outputs that the targets need, where the loss takes class indices.
         state: stands in for the network's frozen parameters and buffers.
+        support_rows: how many of the first inputs are the support set of the others.
     """
 
     model: FlatModel
@@ -153,6 +161,7 @@ class TaskLoss:
     targets: Any
     classes: int | None = None
     state: Mapping[str, Tensor] | None = None
+    support_rows: int = 0
 
     @property
     def compile(self) -> bool:
@@ -175,11 +184,11 @@ class TaskLoss:
 
     def signature(self) -> Hashable:
         """What else the loss depends on."""
-        return self.model.signature(), self.loss, self.classes
+        return self.model.signature(), self.loss, self.classes, self.support_rows
 
     def outputs(self, parameters: Tensor) -> Any:
         """The network's outputs ``[T, n, ...]`` at ``[T, D]`` parameters."""
-        return self.check(self.model(parameters, self.inputs, self.state))
+        return self.check(self.model(parameters, self.inputs, self.state, self.support_rows))
 
     def check(self, outputs: Any) -> Any:
         """The outputs themselves, if they have one entry for each class that the targets name."""

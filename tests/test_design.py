@@ -36,7 +36,8 @@ NAMES = {
         "EpisodicDataModule", "GlyphDataModule", "OmniglotDataModule", "MiniImageNetDataModule", "CifarFSDataModule",
         "ImageFolderDataModule", "TasksetDataModule", "SinusoidDataModule", "LinearRegressionDataModule", "PerSample",
     ],
-    "lightning_imaml.models": ["Conv4", "MLP", "ResNet12", "WideResNet", "use_batch_statistics"],
+    "lightning_imaml.models": ["Conv4", "MLP", "ResNet12", "WideResNet", "SupportNorm", "use_batch_statistics",
+        "use_support_statistics"],
     "lightning_imaml.checkpoints": ["AtomicCheckpointIO"],
     "lightning_imaml.metrics": [
         "EpisodicAccuracy", "EpisodicInterval95", "EpisodicLoss", "EpisodicCalibrationError", "EpisodicMetric",
@@ -66,7 +67,7 @@ def test_no_file_is_long(path):
 # Each room may import from the rooms before it.
 ROOMS = [
     "_version", "component", "phases", "episodes", "bad_tasks", "random_states", "regularizers", "matrix_form",
-    "compilation", "tasks",
+    "compilation", "support_set", "tasks",
     "chunks", "curvature", "linear", "inner", "meta_gradients", "functional", "metrics", "outer_step",
     "checkpoints", "module", "callbacks", "data", "models", "cli",
 ]  # fmt: skip

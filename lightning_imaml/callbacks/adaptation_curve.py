@@ -97,6 +97,7 @@ class AdaptationCurve(Callback):
             episode.query_inputs,
             episode.query_targets,
             loss=module.outer_loss,
+            support_inputs=episode.support_inputs,
             chunk_size=module.chunk_size,
         )
         if not is_classification(outputs, episode.query_targets):

@@ -8,12 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 from lightning_imaml.data.cache import default_cache_dir
 from lightning_imaml.data.class_splits import read_split
 from lightning_imaml.data.episodic import EpisodicDataModule, require_choice
-from lightning_imaml.data.images import Classes, Decoding, LazyImages, OnBroken, find_classes, find_place, load_images
+from lightning_imaml.data.images import (
+    Classes,
+    Decoding,
+    LazyImages,
+    OnBroken,
+    find_classes,
+    find_place,
+    image_names,
+    load_images,
+)
 from lightning_imaml.data.labelled import ClassPool
 from lightning_imaml.data.sampling import SPLITS
 
@@ -86,11 +96,15 @@ class ImageFolderDataModule(EpisodicDataModule):
                 f"root must be a folder or a .zip archive with a folder for each class; found none at "
                 f"{str(root)!r}. Check the path."
             )
-        places = {name: place for name in SPLITS if (place := find_place(root, name)) is not None}
-        if places and self.hparams["split_file"] is None:
-            return {name: self._load(self._found(place)) for name, place in places.items()}
-        classes = self._found(root)
+        if self.hparams["split_file"] is None and (splits := _split_folders(root)):
+            return {name: self._load(classes) for name, classes in splits.items()}
+        classes = _required(root, _classes(root))
         if self.hparams["split_file"] is None:
+            if set(classes) <= set(SPLITS):
+                raise ValueError(
+                    f"the folders train, val and test must lie in root itself; found {', '.join(classes)} further "
+                    f"inside {str(root)!r}. Pass the folder around them as root; extract them from an archive."
+                )
             return self.split_by_class(self._load(classes))
         path = Path(self.hparams["split_file"]).expanduser()
         split = read_split(path)
@@ -102,18 +116,6 @@ class ImageFolderDataModule(EpisodicDataModule):
                 "Use the folder that the file was written for."
             )
         return {name: self._load({label: classes[label] for label in labels}) for name, labels in split.items()}
-
-    def _found(self, place: Path) -> Classes:
-        classes = find_classes(place)
-        if len(classes) == 1:  # a folder around the classes, as in most archives of a folder
-            inside = find_classes(place, prefix=f"{next(iter(classes))}/")
-            classes = inside if len(inside) > 1 else classes
-        if not any(classes.values()):
-            raise ValueError(
-                f"root must have a folder of images for each class; found no image in a folder of {str(place)!r}. "
-                "Put the images of each class into a folder of its own."
-            )
-        return classes
 
     def _load(self, classes: Classes) -> ClassPool:
         decode = Decoding(self.hparams["image_size"], self.hparams["channels"], crop=True)
@@ -128,6 +130,41 @@ class ImageFolderDataModule(EpisodicDataModule):
             )
         source = LazyImages(classes, decode)
         return ClassPool(source, _positions(classes), named=True)
+
+
+def _split_folders(root: Path) -> dict[str, Classes]:
+    """The classes of each split that has a folder or an archive; none if the folders of root are classes."""
+    splits = {name: _classes(place) for name in SPLITS if (place := find_place(root, name)) is not None}
+    if not any(splits.values()):  # A class may be called "train", too: then its folder holds images and no folders.
+        return {}
+    others = [
+        entry.name
+        for entry in sorted(root.iterdir())
+        if entry.is_dir() and entry.name not in SPLITS and not entry.name.startswith(".") and image_names(entry)
+    ]
+    if others:
+        rank_zero_warn(
+            f"{', '.join(splits)} in {str(root)!r} are taken for splits, so {', '.join(others)} beside them is left "
+            "out. Rename it if it is a split (the validation classes' folder is val), or remove it."
+        )
+    return {name: _required(root / name, classes) for name, classes in splits.items()}
+
+
+def _classes(place: Path) -> Classes:
+    classes = find_classes(place)
+    if len(classes) == 1:  # a folder around the classes, as in most archives of a folder
+        inside = find_classes(place, prefix=f"{next(iter(classes))}/")
+        classes = inside if len(inside) > 1 else classes
+    return classes
+
+
+def _required(place: Path, classes: Classes) -> Classes:
+    if not any(classes.values()):
+        raise ValueError(
+            f"root must have a folder of images for each class; found no image in a folder of {str(place)!r}. "
+            "Put the images of each class into a folder of its own."
+        )
+    return classes
 
 
 def _positions(classes: Mapping[str, Sequence[object]]) -> dict[Hashable, NDArray[np.int64]]:

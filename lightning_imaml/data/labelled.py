@@ -163,7 +163,9 @@ class ClassPool:
     def item_names(self) -> list[str] | None:
         """The name of every item of the source, or None where it has none."""
         names = getattr(self.source, "items", None)
-        return list(names) if isinstance(names, list | tuple) else None
+        # Many a dataset has a list ``items`` of something else.
+        usable = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+        return list(names) if usable and len(set(names)) == len(names) == len(self.source) else None  # type: ignore
 
     def overlap(self, other: ClassPool) -> list[Hashable]:
         """The classes that both pools hold, as far as that can be told."""
@@ -231,12 +233,23 @@ def gather(source: Any, indices: Tensor) -> Any:
 
     Returns:
         A tensor ``[n, ...]``, or the dict, list or tuple of such tensors that the inputs are made of.
+
+    Raises:
+        ValueError: the inputs cannot be stacked.
     """
     if isinstance(source, TensorDataset):
         return source[indices][0]
     if isinstance(source, RotatedImages):
         return source.fetch(indices)
-    return default_collate([source[index][0] for index in indices.tolist()])
+    inputs = [source[index][0] for index in indices.tolist()]
+    try:
+        return default_collate(inputs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"the inputs of {type(source).__name__} must be tensors of one shape, or dicts, lists or tuples of such; "
+            f"they cannot be stacked ({error}). Give the dataset a transform with Resize and ToTensor; PIL images of "
+            "one size can also be kept as they are with in_memory=True."
+        ) from error
 
 
 def _as_bytes(image: Any) -> Tensor:
