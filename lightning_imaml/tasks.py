@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from lightning_imaml import compilation
+from lightning_imaml.layout import Layout
 from lightning_imaml.random_states import random_states, set_random_states
 from lightning_imaml.regularizers.base import Regularizer
 
@@ -71,32 +72,27 @@ class FlatModel:
                 )
         self.module = module
         self.compile = compile
-        self.names = list(trainable)
-        self.shapes = [self._stored(p).shape for p in trainable.values()]
-        self.sizes = [p.numel() for p in trainable.values()]
+        self.layout = Layout(tuple(trainable), tuple(tuple(p.shape) for p in trainable.values()), compile)
         self.stored_dtype, self.device = next(iter(kinds))
         self.dtype = dtype or self.stored_dtype
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the parameters that rows hold."""
+        return self.layout.names
 
     def initial(self) -> Tensor:
         """The module's own parameters as one row ``[D]``, detached."""
         parameters = dict(self.module.named_parameters())
-        return torch.cat([self._stored(parameters[name].detach()).reshape(-1) for name in self.names]).to(self.dtype)
+        return self.layout.flatten({name: parameters[name].detach() for name in self.names}).to(self.dtype)
 
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
         """Cut ``[..., D]`` into named tensors ``[..., *shape]``."""
-        # One split, not one slice a parameter: its backward is one concatenation instead of a zero-filled [T, D] each.
-        pieces = torch.split(flat, self.sizes, dim=-1)
-        shaped = [piece.reshape(*flat.shape[:-1], *shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
-        if self.compile:
-            shaped = [t.movedim(-1, -3) if len(s) == 4 else t for t, s in zip(shaped, self.shapes, strict=True)]
-        return dict(zip(self.names, shaped, strict=True))
+        return self.layout.unflatten(flat)
 
     def flatten(self, named: Mapping[str, Tensor]) -> Tensor:
-        """The inverse of :meth:`unflatten` for tensors ``[T, *shape]``: ``[T, D]``."""
-        return torch.cat([vmap(self._stored)(named[name]).flatten(1) for name in self.names], dim=1)
-
-    def _stored(self, parameter: Tensor) -> Tensor:
-        return parameter.movedim(1, -1) if self.compile and parameter.ndim == 4 else parameter
+        """The inverse of :meth:`unflatten`."""
+        return self.layout.flatten(named)
 
     def state(self) -> dict[str, Tensor]:
         """What the network has besides its trainable parameters: the frozen ones and its buffers."""
@@ -112,7 +108,7 @@ class FlatModel:
 
     def signature(self) -> Hashable:
         """What a function of the network may depend on besides tensors."""
-        return weakref.ref(self.module), tuple(m.training for m in self.module.modules()), tuple(self.names)
+        return weakref.ref(self.module), tuple(m.training for m in self.module.modules()), self.layout
 
     def __call__(self, parameters: Tensor, inputs: Any, state: Mapping[str, Tensor] | None = None) -> Any:
         """Outputs of every task's own network.
@@ -222,6 +218,9 @@ class InnerProblem:
     regularizer: Regularizer
     initial: Tensor
     strengths: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "regularizer", self.regularizer.for_layout(self.support.model.layout))
 
     @property
     def compile(self) -> bool:

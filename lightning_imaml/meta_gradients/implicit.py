@@ -9,10 +9,11 @@ from torch import Tensor
 
 from lightning_imaml.curvature import Curvature, Hessian
 from lightning_imaml.inner.base import InnerSolver
-from lightning_imaml.linear.base import LinearSolver
+from lightning_imaml.linear.base import LinearSolver, MatVec, PreconditionedMatVec
 from lightning_imaml.linear.conjugate_gradient import ConjugateGradient
 from lightning_imaml.meta_gradients.base import Estimate, Estimator, query_gradient
 from lightning_imaml.phases import INNER_LOOP, LINEAR_SOLVE, phase
+from lightning_imaml.regularizers.matrix import MatrixProximal
 from lightning_imaml.tasks import InnerProblem, TaskLoss
 
 
@@ -42,11 +43,19 @@ class Implicit(Estimator):
         loss, outputs, slope = query_gradient(query, inner.parameters)
         with phase(LINEAR_SOLVE), torch.no_grad():
             linearization = self.curvature.linearize(problem, inner.parameters)
-            linear = self.linear_solver.solve(linearization.product, slope)
+            linear = self.linear_solver.solve(_preconditioned(problem, linearization.product), slope)
             residual = linearization.gradient.norm(dim=1)
             del linearization
         initial, strengths = _pull_back(problem, inner.parameters, linear.value)
         return Estimate(loss, outputs, inner, residual, initial, strengths, linear)
+
+
+def _preconditioned(problem: InnerProblem, product: MatVec) -> MatVec:
+    """The product, with the inverse of R's matrix where it has one."""
+    regularizer = problem.regularizer
+    if not isinstance(regularizer, MatrixProximal):
+        return product
+    return PreconditionedMatVec(product, lambda vector: regularizer.solve(vector, problem.strengths))
 
 
 def _pull_back(problem: InnerProblem, parameters: Tensor, u: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
