@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from lightning_imaml import compilation
-from lightning_imaml.layout import Layout
+from lightning_imaml.layout import Layout, matches, require_matches
 from lightning_imaml.random_states import random_states, set_random_states
 from lightning_imaml.regularizers.base import Regularizer
 
@@ -36,20 +36,29 @@ LossFunction = Callable[[Any, Any], Tensor]
 class FlatModel:
     """A module as a function of rows of flat parameters.
 
-    Only parameters with ``requires_grad`` belong to the rows; frozen ones stay as they are in the module.
+    Only parameters with ``requires_grad`` belong to the rows; frozen ones stay as they are in the module. With
+    ``adapt_only``, the other trainable parameters ω are shared: all tasks use the module's own.
 
     Args:
         module: any module that maps inputs ``[n, ...]`` to outputs ``[n, ...]``.
         compile: compile functions of it, see :mod:`lightning_imaml.compilation`. Rows then hold the weights of
             convolutions with the channels innermost, as compiled convolutions read them.
         dtype: the dtype of the rows, in which the network then computes; None for that of its parameters.
+        adapt_only: patterns over parameter names; the trainable parameters that match belong to the rows. None is all.
 
     Raises:
-        ValueError: nothing in the module is trainable, its trainable parameters differ in dtype or device, or it would
-            update BatchNorm running statistics, which tasks must not share.
+        ValueError: nothing in the module is trainable, a pattern matches nothing that is, the trainable parameters
+            differ in dtype or device, or the module would update BatchNorm running statistics, which tasks must not
+            share.
     """
 
-    def __init__(self, module: nn.Module, compile: bool = False, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        compile: bool = False,
+        dtype: torch.dtype | None = None,
+        adapt_only: Sequence[str] | None = None,
+    ) -> None:
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError(
@@ -72,7 +81,17 @@ class FlatModel:
                 )
         self.module = module
         self.compile = compile
-        self.layout = Layout(tuple(trainable), tuple(tuple(p.shape) for p in trainable.values()), compile)
+        adapted = list(trainable)
+        if adapt_only is not None:
+            if isinstance(adapt_only, str) or not adapt_only:
+                raise ValueError(
+                    f"adapt_only must be a sequence of patterns, or None for all; found {adapt_only!r}. For a head "
+                    "alone, write ('classifier.*',)."
+                )
+            require_matches(adapt_only, adapted, "adapt_only")
+            adapted = [name for name in adapted if matches(name, adapt_only)]
+        self.layout = Layout(tuple(adapted), tuple(tuple(trainable[name].shape) for name in adapted), compile)
+        self.shared = tuple(name for name in trainable if name not in adapted)
         self.stored_dtype, self.device = next(iter(kinds))
         self.dtype = dtype or self.stored_dtype
 
@@ -95,7 +114,7 @@ class FlatModel:
         return self.layout.flatten(named)
 
     def state(self) -> dict[str, Tensor]:
-        """What the network has besides its trainable parameters: the frozen ones and its buffers."""
+        """What the network has besides the rows: shared and frozen parameters, detached, and its buffers."""
         named = dict(self.module.named_buffers()) | dict(self.module.named_parameters())
         state: dict[str, Tensor] = self.cast({name: t.detach() for name, t in named.items() if name not in self.names})
         return state
@@ -121,7 +140,8 @@ class FlatModel:
         Returns:
             ``[T, n, ...]``.
         """
-        if state is None and self.dtype != self.stored_dtype:
+        # The module's own shared parameters require gradients: every inner step would build their graph.
+        if state is None and (self.shared or self.dtype != self.stored_dtype):
             state = self.state()
 
         def call(named: dict[str, Tensor], inputs: Any) -> Any:
@@ -140,7 +160,7 @@ class TaskLoss:
         inputs: ``[T, n, ...]``.
         targets: ``[T, n, ...]``.
         classes: the number of outputs that the targets need, where the loss takes class indices.
-        state: stands in for the network's frozen parameters and buffers.
+        state: stands in for the network's shared and frozen parameters and its buffers.
     """
 
     model: FlatModel
@@ -162,7 +182,19 @@ class TaskLoss:
 
     def tensors(self) -> Any:
         """All tensors that the loss depends on."""
-        return self.inputs, self.targets, self.model.state() if self.state is None else dict(self.state)
+        return self.inputs, self.targets, self._state()
+
+    def shared(self) -> dict[str, Tensor]:
+        """ω, the trainable parameters that all tasks share, by name."""
+        state = self._state() if self.model.shared else {}
+        return {name: state[name] for name in self.model.shared}
+
+    def with_shared(self, shared: Mapping[str, Tensor]) -> Self:
+        """The same loss with other values of ω."""
+        return replace(self, state={**self._state(), **shared}) if shared else self
+
+    def _state(self) -> dict[str, Tensor]:
+        return self.model.state() if self.state is None else dict(self.state)
 
     def bind(self, tensors: Any) -> Self:
         """The same loss of other tensors."""
@@ -212,12 +244,14 @@ class InnerProblem:
         regularizer: R.
         initial: θ as one row ``[D]``; where the inner loop starts and what R pulls towards.
         strengths: the regulariser's learned values λ.
+        rates: the inner solver's learned step sizes.
     """
 
     support: TaskLoss
     regularizer: Regularizer
     initial: Tensor
     strengths: Mapping[str, Tensor]
+    rates: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "regularizer", self.regularizer.for_layout(self.support.model.layout))
@@ -234,12 +268,28 @@ class InnerProblem:
 
     def tensors(self) -> Any:
         """All tensors that the problem depends on."""
-        return self.support.tensors(), self.initial, dict(self.strengths)
+        return self.support.tensors(), self.initial, dict(self.strengths), dict(self.rates)
 
     def bind(self, tensors: Any) -> Self:
         """The same problem of other tensors."""
-        support, initial, strengths = tensors
-        return replace(self, support=self.support.bind(support), initial=initial, strengths=strengths)
+        support, initial, strengths, rates = tensors
+        return replace(self, support=self.support.bind(support), initial=initial, strengths=strengths, rates=rates)
+
+    def meta_parameters(self) -> dict[str, Tensor]:
+        """All besides θ, under their names in :attr:`MetaGradient.grads`: ω, λ and learned step sizes."""
+        strengths = {f"regularizer.{name}": value for name, value in self.strengths.items()}
+        rates = {f"inner_solver.{name}": value for name, value in self.rates.items()}
+        return self.support.shared() | strengths | rates
+
+    def with_meta_parameters(self, values: Mapping[str, Tensor]) -> Self:
+        """The same problem with other values of :meth:`meta_parameters`."""
+        shared = {name: values[name] for name in self.support.model.shared}
+        return replace(
+            self,
+            support=self.support.with_shared(shared),
+            strengths={name: values[f"regularizer.{name}"] for name in self.strengths},
+            rates={name: values[f"inner_solver.{name}"] for name in self.rates},
+        )
 
     def signature(self) -> Hashable:
         """What else the problem depends on."""

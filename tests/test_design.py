@@ -38,7 +38,9 @@ NAMES = {
         "EpisodicDataModule", "GlyphDataModule", "OmniglotDataModule", "MiniImageNetDataModule", "CifarFSDataModule",
         "ImageFolderDataModule", "TasksetDataModule", "SinusoidDataModule", "LinearRegressionDataModule", "PerSample",
     ],
-    "lightning_imaml.models": ["Conv4", "MLP", "ResNet12", "WideResNet", "use_batch_statistics"],
+    "lightning_imaml.models": [
+        "Conv4", "MLP", "ResNet12", "WideResNet", "use_batch_statistics", "add_low_rank_adapters",
+    ],
     "lightning_imaml.checkpoints": ["AtomicCheckpointIO"],
     "lightning_imaml.metrics": [
         "EpisodicAccuracy", "EpisodicInterval95", "EpisodicLoss", "EpisodicCalibrationError", "EpisodicMetric",
@@ -51,7 +53,8 @@ SETTINGS = [
     HessianFree(3, curvature=GaussNewton()), TorchOptimizer(torch.optim.Adam, 3, {"lr": 0.1}), Neumann(3, step=0.5),
     Unrolled(), Truncated(2), Reptile(),
     Proximal({"a.*": 1.0, "*": 2.0}, learned=True, per="layer", bounds=(0.1, 9.0)), FullProximal(1.0),
-    KroneckerProximal(1.0), LowRankProximal(1.0, rank=2), ConjugateGradient(preconditioner="regularizer"),
+    GradientDescent({"a.*": 0.1, "*": 0.2}, 3, learned=True, per="parameter"), KroneckerProximal(1.0),
+    LowRankProximal(1.0, rank=2), ConjugateGradient(preconditioner="regularizer"),
 ]  # fmt: skip
 
 
@@ -71,8 +74,8 @@ def test_no_file_is_long(path):
 ROOMS = [
     "_version", "component", "layout", "positive", "phases", "episodes", "bad_tasks", "random_states", "regularizers",
     "matrix_form", "compilation", "tasks",
-    "chunks", "curvature", "linear", "inner", "meta_gradients", "functional", "metrics", "task_mean", "outer_step",
-    "checkpoints", "module", "callbacks", "data", "models", "cli",
+    "chunks", "curvature", "linear", "inner", "meta_gradients", "preparation", "functional", "metrics", "task_mean",
+    "outer_step", "checkpoints", "module", "callbacks", "data", "models", "cli",
 ]  # fmt: skip
 
 
