@@ -69,7 +69,7 @@ def even(tasks: int, most: int) -> int:
 def _bytes_of_a_task(model: FlatModel, inputs: Any) -> int:
     """About what the graph of one task's forward pass keeps, its parameters included."""
     one = pytree.tree_map(lambda t: t[:1], inputs)
-    key = tuple((t.shape, t.dtype) for t in pytree.tree_leaves(one)), tuple(model.names), model.dtype, model.device
+    key = tuple((t.shape, t.dtype) for t in pytree.tree_leaves(one)), model.names, model.dtype, model.device
     known = _known.setdefault(model.module, {})
     if key not in known:
         kept: dict[int, int] = {}
@@ -90,7 +90,8 @@ def _bytes_of_a_task(model: FlatModel, inputs: Any) -> int:
             saved_tensors_hooks(pack, lambda t: t),
         ):
             # Copies, since a forward pass may write to the network's buffers.
-            state = {name: tensor.clone() for name, tensor in model.state().items()}
+            # What is shared counts as differentiable, as it is in the meta-gradient.
+            state = {name: t.clone().requires_grad_(name in model.shared) for name, t in model.state().items()}
             # Held, since what is freed gives its address to another.
             outputs = model(row.clone().requires_grad_(), model.cast(ordinary(one)), state)
             del outputs

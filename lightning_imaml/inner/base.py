@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_imaml.component import Component, all_done, require, require_check_every
-from lightning_imaml.tasks import InnerProblem
+from lightning_imaml.positive import Bounds, Per, Positive, Value, check, place
+from lightning_imaml.tasks import FlatModel, InnerProblem
 
 State = tuple[Tensor, ...]
 """Tensors with a leading task dimension; the first is the parameters ``[T, D]``."""
@@ -42,6 +43,10 @@ class InnerSolver(Component, ABC):
         require(self.steps >= 1, self, "steps", "at least 1", self.steps, "The paper takes 16 for 5-way Omniglot.")
         require(self.tol >= 0, self, "tol", "zero or positive", self.tol, "Use 0 to take all steps.")
         require_check_every(self, self.check_every)
+
+    def rates(self, model: FlatModel) -> dict[str, Tensor]:
+        """The learned step sizes at the start, by names without dots; empty where nothing is learned."""
+        return {}
 
     @abstractmethod
     def solve(self, problem: InnerProblem, parameters: Tensor, differentiable_steps: int = 0) -> InnerSolution:
@@ -110,6 +115,37 @@ class SteppingSolver(InnerSolver):
 
     def _attached(self, state: State, anchor: Tensor | None) -> State:
         return (*(attach(point, anchor) for point in state[: self.positions]), *state[self.positions :])
+
+
+class StepSizes(SteppingSolver):
+    """A stepping solver with a step size: for all parameters, by pattern, layer or entry, and fixed or learned."""
+
+    lr: Value
+    learned: bool
+    per: Per | None
+    bounds: Bounds | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "lr", self.lr, self.learned, self.per, self.bounds)
+
+    def __hash__(self) -> int:
+        # Without lr, which has no hash where it is a dict of patterns.
+        return hash((type(self), self.steps, self.tol))
+
+    def rates(self, model: FlatModel) -> dict[str, Tensor]:
+        """What is learned: a scalar, one number for each group, or one for each entry ``[D]``."""
+        return self._placed(model).init(model)
+
+    def descend(self, problem: InnerProblem, parameters: Tensor, gradient: Tensor) -> Tensor:
+        """φ − lr ∇G: ``[T, D]``."""
+        lr = self._placed(problem.support.model).values(problem.rates, parameters)
+        if isinstance(lr, float):
+            return torch.add(parameters, gradient, alpha=-lr)
+        return parameters - lr * gradient
+
+    def _placed(self, model: FlatModel) -> Positive:
+        return place("lr", self.lr, self.learned, self.per, self.bounds, model.layout)
 
 
 def attach(point: Tensor, parameters: Tensor | None) -> Tensor:
