@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import functional_call, vmap
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.linalg import vector_norm
@@ -129,9 +130,23 @@ class FlatModel:
             state = self.state()
 
         def call(named: dict[str, Tensor], inputs: Any) -> Any:
-            return functional_call(self.module, {**named, **(state or {})}, (inputs,))
+            with _refuse_checkpoint(self.module):
+                return functional_call(self.module, {**named, **(state or {})}, (inputs,))
 
         return over_tasks(call, self.module, self.unflatten(parameters), inputs)
+
+
+@contextlib.contextmanager
+def _refuse_checkpoint(module: nn.Module) -> Iterator[None]:
+    """Refuse hooks that a network sets on saved tensors: what they compute again would hold the initial weights."""
+    refusal = disable_saved_tensors_hooks(
+        f"the backbone must not use torch.utils.checkpoint, which would compute the layers of {type(module).__name__} "
+        "again with their initial weights and not with a task's. Wrap them in lightning_imaml.models.Checkpointed."
+    )
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(RuntimeError):  # There are some around all of this: those are safe.
+            stack.enter_context(refusal)
+        yield
 
 
 @dataclass(frozen=True, eq=False)

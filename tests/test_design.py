@@ -36,7 +36,7 @@ NAMES = {
         "EpisodicDataModule", "GlyphDataModule", "OmniglotDataModule", "MiniImageNetDataModule", "CifarFSDataModule",
         "ImageFolderDataModule", "TasksetDataModule", "SinusoidDataModule", "LinearRegressionDataModule", "PerSample",
     ],
-    "lightning_imaml.models": ["Conv4", "MLP", "ResNet12", "WideResNet", "use_batch_statistics"],
+    "lightning_imaml.models": ["Conv4", "MLP", "ResNet12", "WideResNet", "Checkpointed", "use_batch_statistics"],
     "lightning_imaml.checkpoints": ["AtomicCheckpointIO"],
     "lightning_imaml.metrics": [
         "EpisodicAccuracy", "EpisodicInterval95", "EpisodicLoss", "EpisodicCalibrationError", "EpisodicMetric",
