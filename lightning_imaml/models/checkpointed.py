@@ -1,4 +1,4 @@
-"""Layers whose insides are computed again instead of kept, under repeated differentiation and for many tasks at once."""
+"""Layers that are computed again instead of kept, under repeated differentiation and for many tasks at once."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Checkpointed(nn.Module):
             return plain
         held = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
         tensors = (*inputs, *held.values())
-        # Differentiable ones first; all of them are handed on, since batched ones must not be closed over. Which of them
+        # Differentiable ones first; all are handed on, since batched ones must not be closed over. Which of them
         # are to be differentiated, vmap does not tell.
         order = sorted(range(len(tensors)), key=lambda k: not tensors[k].is_floating_point())
         differentiable = sum(tensor.is_floating_point() for tensor in tensors)
