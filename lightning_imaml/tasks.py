@@ -6,13 +6,15 @@ Row i of a parameter matrix holds all trainable parameters of the network that t
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import functional_call
 from torch.linalg import vector_norm
 from torch.nn.modules.batchnorm import _NormBase
@@ -147,11 +149,24 @@ class FlatModel:
             state = self.state()
 
         def call(named: dict[str, Tensor], inputs: Any) -> Any:
-            with support_rows(support):
+            with support_rows(support), _refuse_checkpoint(self.module):
                 outputs = functional_call(self.module, {**named, **(state or {})}, (inputs,))
             return pytree.tree_map(lambda t: t[support:], outputs) if support else outputs
 
         return over_tasks(call, self.module, self.unflatten(parameters), inputs)
+
+
+@contextlib.contextmanager
+def _refuse_checkpoint(module: nn.Module) -> Iterator[None]:
+    """Refuse hooks that a network sets on saved tensors: what they compute again would hold the initial weights."""
+    refusal = disable_saved_tensors_hooks(
+        f"the backbone must not use torch.utils.checkpoint, which would compute the layers of {type(module).__name__} "
+        "again with their initial weights and not with a task's. Wrap them in lightning_imaml.models.Checkpointed."
+    )
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(RuntimeError):  # There are some around all of this: those are safe.
+            stack.enter_context(refusal)
+        yield
 
 
 @dataclass(frozen=True, eq=False)

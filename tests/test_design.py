@@ -40,7 +40,7 @@ NAMES = {
     ],
     "lightning_imaml.models": [
         "Conv4", "MLP", "ResNet12", "WideResNet", "SupportNorm", "use_batch_statistics", "use_support_statistics",
-        "add_low_rank_adapters",
+        "add_low_rank_adapters", "Checkpointed",
     ],
     "lightning_imaml.checkpoints": ["AtomicCheckpointIO"],
     "lightning_imaml.metrics": [
