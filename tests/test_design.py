@@ -67,8 +67,8 @@ def test_no_file_is_long(path):
 ROOMS = [
     "_version", "component", "phases", "episodes", "bad_tasks", "random_states", "regularizers", "matrix_form",
     "compilation", "tasks",
-    "chunks", "curvature", "linear", "inner", "meta_gradients", "functional", "metrics", "task_mean", "outer_step",
-    "checkpoints", "module", "callbacks", "data", "models", "cli",
+    "chunks", "curvature", "linear", "inner", "meta_gradients", "functional", "metrics", "task_mean", "meta_steps",
+    "outer_step", "checkpoints", "module", "callbacks", "data", "models", "cli",
 ]  # fmt: skip
 
 
