@@ -75,7 +75,7 @@ def test_no_file_is_long(path):
 ROOMS = [
     "_version", "component", "layout", "positive", "phases", "episodes", "bad_tasks", "random_states", "regularizers",
     "matrix_form", "compilation", "over_tasks", "support_set", "tasks",
-    "chunks", "curvature", "linear", "inner", "meta_gradients", "preparation", "functional", "metrics",
+    "chunks", "curvature", "linear", "inner", "meta_gradients", "preparation", "functional", "metrics", "meta_steps",
     "outer_step", "checkpoints", "module", "callbacks", "data", "models", "cli",
 ]  # fmt: skip
 
