@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,15 +13,16 @@ from torch.utils import _pytree as pytree
 
 from lightning_imaml import bad_tasks
 from lightning_imaml.chunks import default_chunk_size
-from lightning_imaml.episodes import Episode, ordinary
+from lightning_imaml.episodes import Episode
 from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import LinearSolution
 from lightning_imaml.meta_gradients import Estimator, Implicit
 from lightning_imaml.meta_gradients.base import Estimate
 from lightning_imaml.phases import INNER_LOOP, phase
+from lightning_imaml.preparation import check_chunk_size, classes_of, precision, prepare
 from lightning_imaml.regularizers import Proximal, Regularizer
 from lightning_imaml.support_set import joined
-from lightning_imaml.tasks import FlatModel, InnerProblem, LossFunction, TaskLoss
+from lightning_imaml.tasks import FlatModel, LossFunction, TaskLoss
 
 DEFAULT_INNER_SOLVER = GradientDescent(lr=0.1, steps=16)
 DEFAULT_REGULARIZER = Proximal(2.0)
@@ -49,8 +49,8 @@ class MetaGradient(NamedTuple):
 
     Attributes:
         loss: the query losses Q_i(φ_i), ``[T]``.
-        grads: dF/dη averaged over tasks, for the names of ``model.named_parameters()`` that are trainable and
-            ``regularizer.<name>`` for learned strengths.
+        grads: dF/dη averaged over tasks, for the names of ``model.named_parameters()`` that are trainable,
+            ``regularizer.<name>`` for learned strengths and ``inner_solver.<name>`` for learned step sizes.
         adapted: the adapted networks.
         linear: the outcome of the linear solve; None for estimators without one.
         query_outputs: the adapted networks' outputs on the query sets, ``[T, n, ...]``.
@@ -74,6 +74,8 @@ def adapt(
     inner_solver: InnerSolver = DEFAULT_INNER_SOLVER,
     regularizer: Regularizer = DEFAULT_REGULARIZER,
     strengths: Mapping[str, Tensor] | None = None,
+    rates: Mapping[str, Tensor] | None = None,
+    adapt_only: Sequence[str] | None = None,
     chunk_size: int | None = None,
     compile: bool = False,
     full_precision: bool = True,
@@ -90,6 +92,9 @@ def adapt(
         inner_solver: what minimises G = L + R.
         regularizer: R.
         strengths: the regulariser's learned values; None takes their first values.
+        rates: the inner solver's learned step sizes; None takes their first values.
+        adapt_only: patterns over the names of trainable parameters (``*``, ``?``): those that match adapt, all others
+            stay as they are. None adapts all.
         chunk_size: the most tasks at once, which bounds memory; None chooses it from the size of a task.
         compile: run the inner loop and the linear solve through ``torch.compile``. Each new shape of batch takes about
             a minute to compile. Where that fails, one warning says why, and all runs as without. Pass the same loss
@@ -102,9 +107,22 @@ def adapt(
         FloatingPointError: a task's adaptation is not finite or explodes; the message names the tasks.
     """
     episode = Episode(support_inputs, support_targets, support_inputs, support_targets)
-    flat, parts = _prepare(model, episode, loss, loss, regularizer, strengths, chunk_size, compile, full_precision)
+    flat, parts = prepare(
+        model,
+        episode,
+        loss,
+        loss,
+        inner_solver,
+        regularizer,
+        strengths,
+        rates,
+        adapt_only,
+        chunk_size,
+        compile,
+        full_precision,
+    )
     solutions, residuals = [], []
-    with _precision(flat, full_precision):
+    with precision(flat, full_precision):
         for problem, _ in parts(episode):
             with phase(INNER_LOOP):
                 solutions.append(inner_solver.solve(problem, problem.start()))
@@ -141,8 +159,8 @@ def predict(
     Raises:
         ValueError: the network needs the support inputs, and they are lacking or do not fit.
     """
-    _check_chunk_size(chunk_size)
-    flat = FlatModel(model, dtype=next(iter(parameters.values())).dtype)
+    check_chunk_size(chunk_size)
+    flat = _of_adapted(model, parameters)
     rows = flat.flatten(parameters)
     inputs, support = joined(model, flat.cast(support_inputs), flat.cast(inputs))
     size = chunk_size or default_chunk_size(flat, inputs, rows.shape[0])
@@ -182,10 +200,15 @@ def evaluate(
     """
     with torch.no_grad():
         outputs = predict(model, parameters, inputs, support_inputs=support_inputs, chunk_size=chunk_size)
-        flat = FlatModel(model, dtype=next(iter(parameters.values())).dtype)
+        flat = _of_adapted(model, parameters)
         targets = flat.cast(targets)
-        task_loss = TaskLoss(flat, loss, inputs, targets, _classes("targets", targets, loss))
+        task_loss = TaskLoss(flat, loss, inputs, targets, classes_of("targets", targets, loss))
         return task_loss.of(task_loss.check(outputs)), outputs
+
+
+def _of_adapted(model: nn.Module, parameters: Mapping[str, Tensor]) -> FlatModel:
+    """The network with what was adapted in its rows."""
+    return FlatModel(model, dtype=next(iter(parameters.values())).dtype, adapt_only=tuple(parameters))
 
 
 def meta_gradient(
@@ -198,6 +221,8 @@ def meta_gradient(
     estimator: Estimator = Implicit(),  # noqa: B008 - frozen, so that sharing it is safe
     regularizer: Regularizer = DEFAULT_REGULARIZER,
     strengths: Mapping[str, Tensor] | None = None,
+    rates: Mapping[str, Tensor] | None = None,
+    adapt_only: Sequence[str] | None = None,
     chunk_size: int | None = None,
     compile: bool = False,
     full_precision: bool = True,
@@ -215,6 +240,9 @@ def meta_gradient(
         estimator: what differentiates; the default is the paper's, with the exact Hessian.
         regularizer: R.
         strengths: the regulariser's learned values λ; None takes their first values.
+        rates: the inner solver's learned step sizes; None takes their first values.
+        adapt_only: patterns over the names of trainable parameters (``*``, ``?``): those that match adapt. The others,
+            ω, are shared by all tasks, and have their gradient dF/dω in ``grads``. None adapts all.
         chunk_size: the most tasks at once, which bounds memory; None chooses it from the size of a task.
         compile: run the inner loop and the linear solve through ``torch.compile``. Each new shape of batch takes about
             a minute to compile. Where that fails, one warning says why, and all runs as without. Pass the same loss
@@ -232,13 +260,16 @@ def meta_gradient(
     """
     if on_bad_task not in ("raise", "skip"):
         raise ValueError(f"on_bad_task must be 'raise' or 'skip'; found {on_bad_task!r}.")
-    flat, parts = _prepare(
+    flat, parts = prepare(
         model,
         episode,
         loss,
         outer_loss or loss,
+        inner_solver,
         regularizer,
         strengths,
+        rates,
+        adapt_only,
         chunk_size,
         compile,
         full_precision,
@@ -250,7 +281,7 @@ def meta_gradient(
         estimates = [estimator.estimate(problem, query, inner_solver) for problem, query in parts(part)]
         return _join(flat, estimates, inner_solver.tol, tasks)
 
-    with _precision(flat, full_precision):
+    with precision(flat, full_precision):
         tasks = torch.arange(episode.tasks, device=flat.device)
         while True:
             result = solve(tasks)
@@ -291,100 +322,13 @@ def _nothing_of(result: MetaGradient) -> MetaGradient:
     return empty._replace(grads=grads)
 
 
-def _prepare(
-    model: nn.Module,
-    episode: Episode,
-    loss: LossFunction,
-    outer_loss: LossFunction,
-    regularizer: Regularizer,
-    strengths: Mapping[str, Tensor] | None,
-    chunk_size: int | None,
-    compile: bool,
-    full_precision: bool,
-    differentiated_steps: int = 0,
-) -> tuple[FlatModel, Callable[[Episode], Iterator[tuple[InnerProblem, TaskLoss]]]]:
-    """Check everything once; what is returned with the network cuts an episode into chunks of tasks."""
-    _check_chunk_size(chunk_size)
-    flat = FlatModel(model, compile)
-    if full_precision and flat.dtype.itemsize < torch.float32.itemsize:
-        flat = FlatModel(model, compile, torch.float32)
-    episode.validate()
-    for name in ("support_inputs", "query_inputs"):
-        for leaf in pytree.tree_leaves(getattr(episode, name)):
-            if leaf.device != flat.device:
-                raise ValueError(
-                    f"{name} must be on the backbone's device {flat.device}; found {leaf.device}. Move one of them "
-                    "with .to(device)."
-                )
-            if leaf.is_floating_point() and leaf.dtype != flat.stored_dtype:
-                raise ValueError(
-                    f"{name} must have the backbone's dtype {flat.stored_dtype}; found {leaf.dtype}. "
-                    f"Convert the episode with .to({flat.stored_dtype}), or the backbone with .to({leaf.dtype})."
-                )
-    support_classes = _classes("support_targets", episode.support_targets, loss)
-    query_classes = _classes("query_targets", episode.query_targets, outer_loss)
-
-    def chunks(episode: Episode) -> Iterator[tuple[InnerProblem, TaskLoss]]:
-        # Made when the solves begin, outside inference mode.
-        values = regularizer.init(flat) if strengths is None else flat.cast(dict(strengths))
-        initial = flat.initial()
-        query_inputs, support_rows = joined(model, episode.support_inputs, episode.query_inputs)
-        size = chunk_size or default_chunk_size(
-            flat, episode.support_inputs, episode.tasks, query_inputs, differentiated_steps
-        )
-        for part in episode._replace(query_inputs=query_inputs).split(size):
-            tasks = Episode(*flat.cast(ordinary(tuple(part))))
-            support = TaskLoss(flat, loss, tasks.support_inputs, tasks.support_targets, support_classes)
-            query = TaskLoss(
-                flat, outer_loss, tasks.query_inputs, tasks.query_targets, query_classes, support_rows=support_rows
-            )
-            yield InnerProblem(support, regularizer, initial, values), query
-
-    return flat, chunks
-
-
-def _classes(name: str, targets: Any, loss: LossFunction) -> int | None:
-    """How many outputs class-index targets need; None where the loss does not take class indices."""
-    if loss is not F.cross_entropy and not isinstance(loss, nn.CrossEntropyLoss):
-        return None
-    if not isinstance(targets, Tensor) or targets.is_floating_point():
-        return None
-    ignored = loss.ignore_index if isinstance(loss, nn.CrossEntropyLoss) else -100
-    kept = targets.where(targets != ignored, 0)
-    lowest, highest = torch.stack([kept.min(), kept.max()]).tolist()
-    if lowest < 0:
-        raise ValueError(
-            f"{name} must be class indices from 0; found {lowest}. Relabel each task's classes to 0 … N-1."
-        )
-    return int(highest) + 1
-
-
-def _check_chunk_size(chunk_size: int | None) -> None:
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, or None for all tasks at once; found {chunk_size}.")
-
-
-@contextmanager
-def _precision(flat: FlatModel, full: bool) -> Iterator[None]:
-    """Leave inference mode, which cannot differentiate, and autocast: a bf16 Hessian product is wrong by 5e-3."""
-    default = torch.get_default_dtype()
-    with torch.inference_mode(False), torch.autocast(flat.device.type, enabled=False) if full else nullcontext():
-        if flat.dtype != flat.stored_dtype:  # What the network makes anew must fit, too.
-            torch.set_default_dtype(flat.dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(default)
-
-
 def _join(flat: FlatModel, estimates: list[Estimate], tol: float, tasks: Tensor) -> MetaGradient:
     """Put the chunks together: means over all tasks."""
     losses = torch.cat([e.loss for e in estimates])
     residual = torch.cat([e.residual for e in estimates])
     grads = flat.unflatten(torch.stack([e.initial for e in estimates]).sum(dim=0) / losses.shape[0])
-    for name in estimates[0].strengths:
-        total = torch.stack([e.strengths[name] for e in estimates]).sum(dim=0)
-        grads[f"regularizer.{name}"] = total / losses.shape[0]
+    for name in estimates[0].others:
+        grads[name] = torch.stack([e.others[name] for e in estimates]).sum(dim=0) / losses.shape[0]
     adapted = Adapted(
         flat.unflatten(torch.cat([e.inner.parameters.detach() for e in estimates])),
         torch.cat([e.inner.steps for e in estimates]),

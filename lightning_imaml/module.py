@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,11 +21,10 @@ from lightning_imaml.functional import Adapted, MetaGradient
 from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.meta_gradients import Estimator, Implicit
-from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, is_classification
-from lightning_imaml.outer_step import OuterStep, surrogate, training_values
+from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, TaskMean, is_classification
+from lightning_imaml.outer_step import OuterStep, parameter_groups, surrogate, training_values
 from lightning_imaml.phases import META_STEP, phase
 from lightning_imaml.regularizers import Proximal, Regularizer
-from lightning_imaml.task_mean import TaskMean
 from lightning_imaml.tasks import FlatModel
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -51,10 +50,13 @@ class IMAMLModule(OuterStep):
         lr_scheduler_monitor: the logged quantity that ReduceLROnPlateau watches, by epoch. It is given here because
             Lightning drops a scheduler's own ``monitor`` in manual optimization.
         regularizer_lr: the learning rate of the learned strengths; None for that of the network.
+        inner_solver_lr: likewise of the inner solver's learned step sizes.
         gradient_clip_val: clip the meta-gradient to this; the Trainer's own flag refuses manual optimization.
         gradient_clip_algorithm: clip by the "norm" of the whole gradient, or every entry by its "value".
         accumulate_meta_batches: average the meta-gradients of this many batches for one step; likewise. What is left at
             the end of an epoch makes a smaller step, as in the Trainer's own accumulation.
+        adapt_only: patterns over the backbone's parameter names, such as ``("classifier.*",)``: those that match adapt,
+            and the others are meta-learned and the same for all tasks. None adapts all.
         chunk_size: the most tasks at once, which bounds memory; None chooses it from the size of a task.
         compile: run training and evaluation through ``torch.compile``, see
             :func:`lightning_imaml.functional.meta_gradient`.
@@ -80,9 +82,11 @@ class IMAMLModule(OuterStep):
         lr_scheduler: SchedulerFactory | None = None,
         lr_scheduler_monitor: str | None = None,
         regularizer_lr: float | None = None,
+        inner_solver_lr: float | None = None,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
         accumulate_meta_batches: int = 1,
+        adapt_only: Sequence[str] | None = None,
         chunk_size: int | None = None,
         compile: bool = False,
         solve_precision: Literal["full", "trainer"] = "full",
@@ -114,15 +118,17 @@ class IMAMLModule(OuterStep):
         self.scheduler_factory = lr_scheduler
         self.lr_scheduler_monitor = lr_scheduler_monitor
         self.regularizer_lr = regularizer_lr
+        self.inner_solver_lr = inner_solver_lr
         self.gradient_clip_val = gradient_clip_val
         self.gradient_clip_algorithm = gradient_clip_algorithm
         self.accumulate_meta_batches = accumulate_meta_batches
+        self.adapt_only = None if adapt_only is None else tuple(adapt_only)
         self.chunk_size = chunk_size
         # Not ``compile``: that is nn.Module's method.
         self.compile_solves = compile
         self.solve_precision = solve_precision
         self.on_bad_task = on_bad_task
-        self.strengths = nn.ParameterDict()
+        self.strengths, self.rates = nn.ParameterDict(), nn.ParameterDict()
         for stage in ("val", "test"):
             metrics = self.configure_metrics()
             setattr(self, f"{stage}_before", metrics.clone(prefix=f"{stage}/", postfix="_before"))
@@ -198,17 +204,15 @@ class IMAMLModule(OuterStep):
     def _attach(self, backbone: nn.Module) -> None:
         self.backbone = backbone
         with torch.no_grad():
-            for name, value in self.regularizer.init(FlatModel(backbone)).items():
-                self.strengths[name] = nn.Parameter(value.clone())
+            flat = FlatModel(backbone, adapt_only=self.adapt_only)
+            learned = (self.strengths, self.regularizer.init(flat)), (self.rates, self.inner_solver.rates(flat))
+            for parameters, start in learned:
+                parameters.update({name: nn.Parameter(value.clone()) for name, value in start.items()})
 
     def configure_optimizers(self) -> Any:
-        """The outer optimizer over the network and the learned strengths, and its scheduler."""
-        strengths = list(self.strengths.parameters())
-        parameters: list[Any] = [p for p in self.parameters() if p.requires_grad]
-        if strengths and self.regularizer_lr is not None:
-            network = [p for p in parameters if all(p is not strength for strength in strengths)]
-            learned = {"params": strengths, "lr": self.regularizer_lr, "name": "regularizer"}
-            parameters = [{"params": network, "name": "backbone"}, learned]
+        """The outer optimizer over the network, the learned strengths and step sizes, and its scheduler."""
+        own = (self.strengths, "regularizer", self.regularizer_lr), (self.rates, "inner_solver", self.inner_solver_lr)
+        parameters = parameter_groups(self, {part: (name, lr) for part, name, lr in own if lr is not None})
         optimizer = self.optimizer_factory(parameters)
         if self.scheduler_factory is None:
             return optimizer
@@ -240,18 +244,7 @@ class IMAMLModule(OuterStep):
     def adapt(self, support_inputs: Any, support_targets: Any, *, inner_solver: InnerSolver | None = None) -> Adapted:
         """Adapt to new tasks, ``[T, n, ...]`` each; see :func:`lightning_imaml.functional.adapt`."""
         self._build()
-        return functional.adapt(
-            self.backbone,
-            support_inputs,
-            support_targets,
-            loss=self._loss("inner_loss"),
-            inner_solver=inner_solver or self.inner_solver,
-            regularizer=self.regularizer,
-            strengths=dict(self.strengths),
-            chunk_size=self.chunk_size,
-            compile=self.compile_solves,
-            full_precision=self.solve_precision == "full",
-        )
+        return functional.adapt(self.backbone, support_inputs, support_targets, **self._settings(inner_solver))
 
     def meta_gradient(
         self,
@@ -266,17 +259,24 @@ class IMAMLModule(OuterStep):
         return functional.meta_gradient(
             self.backbone,
             episode,
-            loss=self._loss("inner_loss"),
             outer_loss=self._loss("outer_loss"),
-            inner_solver=inner_solver or self.inner_solver,
             estimator=estimator or self.estimator,
-            regularizer=self.regularizer,
-            strengths=dict(self.strengths),
-            chunk_size=self.chunk_size,
-            compile=self.compile_solves,
-            full_precision=self.solve_precision == "full",
             on_bad_task=on_bad_task,
+            **self._settings(inner_solver),
         )
+
+    def _settings(self, inner_solver: InnerSolver | None) -> dict[str, Any]:
+        return {
+            "loss": self._loss("inner_loss"),
+            "inner_solver": inner_solver or self.inner_solver,
+            "regularizer": self.regularizer,
+            "strengths": dict(self.strengths),
+            "rates": dict(self.rates),
+            "adapt_only": self.adapt_only,
+            "chunk_size": self.chunk_size,
+            "compile": self.compile_solves,
+            "full_precision": self.solve_precision == "full",
+        }
 
     def _loss(self, name: str) -> Callable[[Any, Any], Tensor]:
         """The bare loss unless it is overridden: the core checks labels against the losses that it knows."""
@@ -288,12 +288,12 @@ class IMAMLModule(OuterStep):
     def on_train_start(self) -> None:
         """Refuse trainable parameters that no meta-gradient reaches, those of a loss for example."""
         super().on_train_start()
-        reached = {id(p) for part in (self.backbone, self.strengths) for p in part.parameters()}
+        reached = {id(p) for part in (self.backbone, self.strengths, self.rates) for p in part.parameters()}
         lost = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in reached]
         if lost:
             raise ValueError(
-                f"every trainable parameter must belong to the backbone or to the regulariser; found {lost} elsewhere, "
-                "which would never change. Move it into the backbone, or set requires_grad=False."
+                f"every trainable parameter must belong to the backbone, the regulariser or the inner solver; found "
+                f"{lost} elsewhere, which would never change. Move it into the backbone, or set requires_grad=False."
             )
 
     def training_step(self, batch: Episode, batch_idx: int) -> Tensor | None:
@@ -320,6 +320,7 @@ class IMAMLModule(OuterStep):
             assert result is not None
             parameters = {name: p for name, p in self.backbone.named_parameters() if p.requires_grad}
             parameters |= {f"regularizer.{name}": p for name, p in self.strengths.items()}
+            parameters |= {f"inner_solver.{name}": p for name, p in self.rates.items()}
             self.accumulate(surrogate(result, parameters), len(result.tasks), counts, due)
         return self._log_training(batch, result, before, counts)
 
@@ -342,7 +343,7 @@ class IMAMLModule(OuterStep):
 
     def _predict_initial(self, batch: Episode) -> Any:
         """The unadapted network on every task's query set, ``[T, n, ...]``."""
-        flat = FlatModel(self.backbone)
+        flat = FlatModel(self.backbone, adapt_only=self.adapt_only)
         return self._predict(flat.unflatten(flat.initial().expand(batch.tasks, -1)), batch)
 
     def _predict(self, parameters: dict[str, Tensor], batch: Episode) -> Any:
@@ -354,8 +355,6 @@ class IMAMLModule(OuterStep):
                 support_inputs=batch.support_inputs,
                 chunk_size=self.chunk_size,
             )
-
-    # Evaluation
 
     def validation_step(self, batch: Episode, batch_idx: int) -> None:
         """Adapt to the support sets, then judge on the query sets."""

@@ -27,6 +27,23 @@ def _tracks_statistics(module: nn.Module) -> bool:
     return any(isinstance(layer, _NormBase) and layer.running_mean is not None for layer in module.modules())
 
 
+def parameter_groups(module: nn.Module, apart: Mapping[nn.Module, tuple[str, float]]) -> list[Any]:
+    """A module's trainable parameters for an optimizer: one list, or groups where parts have their own learning rate.
+
+    Args:
+        module: the module.
+        apart: parts of it, with the name and the learning rate of their group.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = []
+    for part, (name, lr) in apart.items():
+        own = [p for p in part.parameters() if p.requires_grad]
+        if own:
+            groups.append({"params": own, "lr": lr, "name": name})
+            parameters = [p for p in parameters if all(p is not other for other in own)]
+    return [{"params": parameters, "name": "backbone"}, *groups] if groups else parameters
+
+
 def surrogate(result: MetaGradient, parameters: Mapping[str, Tensor]) -> Tensor:
     """A scalar with the outer loss as its value and the meta-gradient as its gradient in ``parameters``.
 

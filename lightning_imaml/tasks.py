@@ -6,23 +6,21 @@ Row i of a parameter matrix holds all trainable parameters of the network that t
 
 from __future__ import annotations
 
-import contextlib
-import warnings
 import weakref
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.func import functional_call
 from torch.linalg import vector_norm
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from lightning_imaml import compilation
-from lightning_imaml.random_states import random_states, set_random_states
+from lightning_imaml.layout import Layout, matches, require_matches
+from lightning_imaml.over_tasks import over_tasks
 from lightning_imaml.regularizers.base import Regularizer
 from lightning_imaml.support_set import support_rows
 
@@ -36,20 +34,29 @@ LossFunction = Callable[[Any, Any], Tensor]
 class FlatModel:
     """A module as a function of rows of flat parameters.
 
-    Only parameters with ``requires_grad`` belong to the rows; frozen ones stay as they are in the module.
+    Only parameters with ``requires_grad`` belong to the rows; frozen ones stay as they are in the module. With
+    ``adapt_only``, the other trainable parameters ω are shared: all tasks use the module's own.
 
     Args:
         module: any module that maps inputs ``[n, ...]`` to outputs ``[n, ...]``.
         compile: compile functions of it, see :mod:`lightning_imaml.compilation`. Rows then hold the weights of
             convolutions with the channels innermost, as compiled convolutions read them.
         dtype: the dtype of the rows, in which the network then computes; None for that of its parameters.
+        adapt_only: patterns over parameter names; the trainable parameters that match belong to the rows. None is all.
 
     Raises:
-        ValueError: nothing in the module is trainable, its trainable parameters differ in dtype or device, or it would
-            update BatchNorm running statistics, which tasks must not share.
+        ValueError: nothing in the module is trainable, a pattern matches nothing that is, the trainable parameters
+            differ in dtype or device, or the module would update BatchNorm running statistics, which tasks must not
+            share.
     """
 
-    def __init__(self, module: nn.Module, compile: bool = False, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        compile: bool = False,
+        dtype: torch.dtype | None = None,
+        adapt_only: Sequence[str] | None = None,
+    ) -> None:
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError(
@@ -72,35 +79,40 @@ class FlatModel:
                 )
         self.module = module
         self.compile = compile
-        self.names = list(trainable)
-        self.shapes = [self._stored(p).shape for p in trainable.values()]
-        self.sizes = [p.numel() for p in trainable.values()]
+        adapted = list(trainable)
+        if adapt_only is not None:
+            if isinstance(adapt_only, str) or not adapt_only:
+                raise ValueError(
+                    f"adapt_only must be a sequence of patterns, or None for all; found {adapt_only!r}. For a head "
+                    "alone, write ('classifier.*',)."
+                )
+            require_matches(adapt_only, adapted, "adapt_only")
+            adapted = [name for name in adapted if matches(name, adapt_only)]
+        self.layout = Layout(tuple(adapted), tuple(tuple(trainable[name].shape) for name in adapted), compile)
+        self.shared = tuple(name for name in trainable if name not in adapted)
         self.stored_dtype, self.device = next(iter(kinds))
         self.dtype = dtype or self.stored_dtype
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the parameters that rows hold."""
+        return self.layout.names
 
     def initial(self) -> Tensor:
         """The module's own parameters as one row ``[D]``, detached."""
         parameters = dict(self.module.named_parameters())
-        return torch.cat([self._stored(parameters[name].detach()).reshape(-1) for name in self.names]).to(self.dtype)
+        return self.layout.flatten({name: parameters[name].detach() for name in self.names}).to(self.dtype)
 
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
         """Cut ``[..., D]`` into named tensors ``[..., *shape]``."""
-        # One split, not one slice a parameter: its backward is one concatenation instead of a zero-filled [T, D] each.
-        pieces = torch.split(flat, self.sizes, dim=-1)
-        shaped = [piece.reshape(*flat.shape[:-1], *shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
-        if self.compile:
-            shaped = [t.movedim(-1, -3) if len(s) == 4 else t for t, s in zip(shaped, self.shapes, strict=True)]
-        return dict(zip(self.names, shaped, strict=True))
+        return self.layout.unflatten(flat)
 
     def flatten(self, named: Mapping[str, Tensor]) -> Tensor:
-        """The inverse of :meth:`unflatten` for tensors ``[T, *shape]``: ``[T, D]``."""
-        return torch.cat([vmap(self._stored)(named[name]).flatten(1) for name in self.names], dim=1)
-
-    def _stored(self, parameter: Tensor) -> Tensor:
-        return parameter.movedim(1, -1) if self.compile and parameter.ndim == 4 else parameter
+        """The inverse of :meth:`unflatten`."""
+        return self.layout.flatten(named)
 
     def state(self) -> dict[str, Tensor]:
-        """What the network has besides its trainable parameters: the frozen ones and its buffers."""
+        """What the network has besides the rows: shared and frozen parameters, detached, and its buffers."""
         named = dict(self.module.named_buffers()) | dict(self.module.named_parameters())
         state: dict[str, Tensor] = self.cast({name: t.detach() for name, t in named.items() if name not in self.names})
         return state
@@ -113,7 +125,7 @@ class FlatModel:
 
     def signature(self) -> Hashable:
         """What a function of the network may depend on besides tensors."""
-        return weakref.ref(self.module), tuple(m.training for m in self.module.modules()), tuple(self.names)
+        return weakref.ref(self.module), tuple(m.training for m in self.module.modules()), self.layout
 
     def __call__(
         self, parameters: Tensor, inputs: Any, state: Mapping[str, Tensor] | None = None, support: int = 0
@@ -130,7 +142,8 @@ class FlatModel:
         Returns:
             ``[T, n, ...]``.
         """
-        if state is None and self.dtype != self.stored_dtype:
+        # The module's own shared parameters require gradients: every inner step would build their graph.
+        if state is None and (self.shared or self.dtype != self.stored_dtype):
             state = self.state()
 
         def call(named: dict[str, Tensor], inputs: Any) -> Any:
@@ -151,7 +164,7 @@ class TaskLoss:
         inputs: ``[T, n, ...]``, or from :func:`support_set.joined`.
         targets: ``[T, n, ...]``.
         classes: the number of outputs that the targets need, where the loss takes class indices.
-        state: stands in for the network's frozen parameters and buffers.
+        state: stands in for the network's shared and frozen parameters and its buffers.
         support_rows: how many of the first inputs are the support set of the others.
     """
 
@@ -175,7 +188,19 @@ class TaskLoss:
 
     def tensors(self) -> Any:
         """All tensors that the loss depends on."""
-        return self.inputs, self.targets, self.model.state() if self.state is None else dict(self.state)
+        return self.inputs, self.targets, self._state()
+
+    def shared(self) -> dict[str, Tensor]:
+        """ω, the trainable parameters that all tasks share, by name."""
+        state = self._state() if self.model.shared else {}
+        return {name: state[name] for name in self.model.shared}
+
+    def with_shared(self, shared: Mapping[str, Tensor]) -> Self:
+        """The same loss with other values of ω."""
+        return replace(self, state={**self._state(), **shared}) if shared else self
+
+    def _state(self) -> dict[str, Tensor]:
+        return self.model.state() if self.state is None else dict(self.state)
 
     def bind(self, tensors: Any) -> Self:
         """The same loss of other tensors."""
@@ -225,12 +250,17 @@ class InnerProblem:
         regularizer: R.
         initial: θ as one row ``[D]``; where the inner loop starts and what R pulls towards.
         strengths: the regulariser's learned values λ.
+        rates: the inner solver's learned step sizes.
     """
 
     support: TaskLoss
     regularizer: Regularizer
     initial: Tensor
     strengths: Mapping[str, Tensor]
+    rates: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "regularizer", self.regularizer.for_layout(self.support.model.layout))
 
     @property
     def compile(self) -> bool:
@@ -244,12 +274,28 @@ class InnerProblem:
 
     def tensors(self) -> Any:
         """All tensors that the problem depends on."""
-        return self.support.tensors(), self.initial, dict(self.strengths)
+        return self.support.tensors(), self.initial, dict(self.strengths), dict(self.rates)
 
     def bind(self, tensors: Any) -> Self:
         """The same problem of other tensors."""
-        support, initial, strengths = tensors
-        return replace(self, support=self.support.bind(support), initial=initial, strengths=strengths)
+        support, initial, strengths, rates = tensors
+        return replace(self, support=self.support.bind(support), initial=initial, strengths=strengths, rates=rates)
+
+    def meta_parameters(self) -> dict[str, Tensor]:
+        """All besides θ, under their names in :attr:`MetaGradient.grads`: ω, λ and learned step sizes."""
+        strengths = {f"regularizer.{name}": value for name, value in self.strengths.items()}
+        rates = {f"inner_solver.{name}": value for name, value in self.rates.items()}
+        return self.support.shared() | strengths | rates
+
+    def with_meta_parameters(self, values: Mapping[str, Tensor]) -> Self:
+        """The same problem with other values of :meth:`meta_parameters`."""
+        shared = {name: values[name] for name in self.support.model.shared}
+        return replace(
+            self,
+            support=self.support.with_shared(shared),
+            strengths={name: values[f"regularizer.{name}"] for name in self.strengths},
+            rates={name: values[f"inner_solver.{name}"] for name in self.rates},
+        )
 
     def signature(self) -> Hashable:
         """What else the problem depends on."""
@@ -288,68 +334,3 @@ def _gradient(problem: InnerProblem, parameters: Tensor) -> Tensor:
         # Tasks do not share rows, so the gradient of the sum holds each task's own gradient.
         (gradient,) = torch.autograd.grad(problem.support.value(point).sum(), point, create_graph=create_graph)
     return gradient + problem.regularizer.gradient(parameters, problem.initial, problem.strengths)
-
-
-_batched: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-"""Whether functions of an owner could be batched when they last ran."""
-
-
-def over_tasks(function: Callable[..., Any], owner: Any, *trees: Any) -> Any:
-    """Apply a function of one task to all tasks: at once where it can be batched, else one after the other.
-
-    Args:
-        function: takes the trees without their first dimension.
-        owner: what the function belongs to; it is remembered if it cannot be batched.
-        trees: pytrees of tensors ``[T, ...]``.
-
-    Returns:
-        The stacked results, ``[T, ...]``.
-    """
-    first = pytree.tree_leaves(trees)[0]
-    known = _remembered(owner)
-    if first.shape[0] == 1 or known is False:  # One task needs no batching rules.
-        return _in_turn(function, first.shape[0], trees)
-    if get_proxy_mode() is not None:  # What the recording for the compiler cannot do says nothing of plain PyTorch.
-        return vmap(function, randomness="different")(*trees)
-    # Not of a known one: on a GPU, it would wait for the device in every step.
-    random = None if known else random_states(first.device)
-    try:
-        results = vmap(function, randomness="different")(*trees)
-    except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(f"{error} Lower chunk_size, so that fewer tasks go at once.") from error
-    except Exception as error:
-        if random is not None:  # As a process would go on that knows already.
-            set_random_states(random, first.device)
-        results = _in_turn(function, first.shape[0], trees)  # Raises by itself what is wrong with the function.
-        _remember(owner, False)
-        warnings.warn(
-            f"{getattr(owner, '__name__', type(owner).__name__)} must consist of operations that torch.func.vmap can "
-            f"batch; found {compilation.first_line(error)}. Going on one task at a time, which is slower.",
-            stacklevel=2,
-        )
-    else:
-        if known is None:
-            _remember(owner, True)
-    return results
-
-
-def _remembered(owner: Any) -> bool | None:
-    with contextlib.suppress(TypeError):  # Neither hashable nor weakly referenced is no error, only forgotten.
-        return _batched.get(owner)
-    return None
-
-
-def _remember(owner: Any, batched: bool) -> None:
-    with contextlib.suppress(TypeError):
-        _batched[owner] = batched
-
-
-def _in_turn(function: Callable[..., Any], tasks: int, trees: tuple[Any, ...]) -> Any:
-    if tasks == 1:  # Without the copies.
-        return pytree.tree_map(lambda t: t.unsqueeze(0), function(*pytree.tree_map(lambda t: t.squeeze(0), trees)))
-    leaves, structure = pytree.tree_flatten(trees)
-    results = [
-        function(*pytree.tree_unflatten(task, structure))
-        for task in zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
-    ]
-    return pytree.tree_map(lambda *parts: torch.stack(parts), *results)

@@ -16,6 +16,7 @@ from lightning_imaml import IMAMLModule, cli
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
 
+FIXED = {"learned": False, "per": None, "bounds": None}
 SMALL = [
     "--model.backbone.init_args.filters", "4",
     "--model.inner_solver.init_args.steps", "2",
@@ -72,7 +73,7 @@ def test_fit_test_and_predict_leave_a_picture_a_table_and_a_checkpoint(small, tm
         assert words in printed
     cli.run(["predict", *small, "--ckpt_path", best])
     saved = yaml.safe_load((folder / "config.yaml").read_text())
-    assert saved["model"]["init_args"]["inner_solver"]["init_args"] == {"lr": 0.3, "steps": 2, "tol": 0.0}
+    assert saved["model"]["init_args"]["inner_solver"]["init_args"] == {"lr": 0.3, "steps": 2, "tol": 0.0, **FIXED}
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -104,7 +105,7 @@ def test_the_defaults_are_printed_in_full_and_can_be_read_again(tmp_path, capsys
     printed = yaml.safe_load(text)
     solver = printed["model"]["init_args"]["inner_solver"]
     assert solver["class_path"] == "lightning_imaml.inner.GradientDescent"
-    assert solver["init_args"] == {"lr": 0.1, "steps": 16, "tol": 0.0}
+    assert solver["init_args"] == {"lr": 0.1, "steps": 16, "tol": 0.0, **FIXED}
     path = tmp_path / "printed.yaml"
     path.write_text(text)
     with pytest.raises(SystemExit):
@@ -179,6 +180,8 @@ CHANGES = [
     "--model.init_args.regularizer", "lightning_imaml.regularizers.Proximal",
     "--model.init_args.regularizer.init_args.learned", "true",
     "--model.init_args.regularizer_lr", "0.5",
+    "--model.init_args.inner_solver_lr", "0.25",
+    "--model.init_args.adapt_only", '["classifier.*"]',
     "--model.init_args.lr_scheduler", "torch.optim.lr_scheduler.StepLR",
     "--model.init_args.lr_scheduler.init_args.step_size", "3",
     "--model.init_args.lr_scheduler_monitor", "val/loss",
@@ -203,6 +206,7 @@ def test_every_option_of_the_module_is_reachable_and_printed(capsys):
     given = {option.split(".")[2] for option in CHANGES[::2]}
     assert given | {"backbone", "inner_solver", "estimator", "optimizer"} == options
     assert printed["on_bad_task"] == "skip"
+    assert printed["adapt_only"] == ["classifier.*"]
     assert printed["gradient_clip_val"] == 2.5
     assert printed["regularizer"]["init_args"]["learned"] is True
     assert printed["lr_scheduler"]["init_args"]["step_size"] == 3

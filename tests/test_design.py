@@ -16,7 +16,7 @@ from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov, TorchO
 from lightning_imaml.linear import ConjugateGradient, Direct, MinRes, Neumann
 from lightning_imaml.meta_gradients import FirstOrder, Implicit, Reptile, Truncated, Unrolled
 from lightning_imaml.phases import listening, phase
-from lightning_imaml.regularizers import Proximal
+from lightning_imaml.regularizers import FullProximal, KroneckerProximal, LowRankProximal, Proximal
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "lightning_imaml").rglob("*.py"))
@@ -26,7 +26,9 @@ NAMES = {
     "lightning_imaml.curvature": ["Hessian", "GaussNewton"],
     "lightning_imaml.linear": ["ConjugateGradient", "Direct", "MinRes", "Neumann"],
     "lightning_imaml.meta_gradients": ["Implicit", "FirstOrder", "Unrolled", "Truncated", "Reptile"],
-    "lightning_imaml.regularizers": ["NoRegularizer", "Proximal"],
+    "lightning_imaml.regularizers": [
+        "NoRegularizer", "Proximal", "MatrixProximal", "FullProximal", "KroneckerProximal", "LowRankProximal",
+    ],
     "lightning_imaml.functional": ["adapt", "predict", "meta_gradient"],
     "lightning_imaml.callbacks": [
         "MetaGradientErrorMonitor", "PeakMemoryMonitor", "LearningCurve", "ResultsTable",
@@ -37,8 +39,10 @@ NAMES = {
         "TieredImageNetDataModule", "CUBDataModule", "ImageFolderDataModule",
         "TasksetDataModule", "SinusoidDataModule", "LinearRegressionDataModule", "PerSample",
     ],
-    "lightning_imaml.models": ["Conv4", "MLP", "ResNet12", "WideResNet", "SupportNorm", "use_batch_statistics",
-        "use_support_statistics"],
+    "lightning_imaml.models": [
+        "Conv4", "MLP", "ResNet12", "WideResNet", "SupportNorm", "use_batch_statistics", "use_support_statistics",
+        "add_low_rank_adapters",
+    ],
     "lightning_imaml.checkpoints": ["AtomicCheckpointIO"],
     "lightning_imaml.metrics": [
         "EpisodicAccuracy", "EpisodicInterval95", "EpisodicLoss", "EpisodicCalibrationError", "EpisodicMetric",
@@ -50,6 +54,9 @@ SETTINGS = [
     Implicit(ConjugateGradient(3), GaussNewton()), FirstOrder(), Proximal(0.3, learned=True), Nesterov(0.1, 5),
     HessianFree(3, curvature=GaussNewton()), TorchOptimizer(torch.optim.Adam, 3, {"lr": 0.1}), Neumann(3, step=0.5),
     Unrolled(), Truncated(2), Reptile(),
+    Proximal({"a.*": 1.0, "*": 2.0}, learned=True, per="layer", bounds=(0.1, 9.0)), FullProximal(1.0),
+    GradientDescent({"a.*": 0.1, "*": 0.2}, 3, learned=True, per="parameter"), KroneckerProximal(1.0),
+    LowRankProximal(1.0, rank=2), ConjugateGradient(preconditioner="regularizer"),
 ]  # fmt: skip
 
 
@@ -67,10 +74,10 @@ def test_no_file_is_long(path):
 
 # Each room may import from the rooms before it.
 ROOMS = [
-    "_version", "component", "phases", "episodes", "bad_tasks", "random_states", "regularizers", "matrix_form",
-    "compilation", "support_set", "tasks",
-    "chunks", "curvature", "linear", "inner", "meta_gradients", "functional", "metrics", "task_mean", "outer_step",
-    "checkpoints", "module", "callbacks", "data", "models", "cli",
+    "_version", "component", "layout", "positive", "phases", "episodes", "bad_tasks", "random_states", "regularizers",
+    "matrix_form", "compilation", "over_tasks", "support_set", "tasks",
+    "chunks", "curvature", "linear", "inner", "meta_gradients", "preparation", "functional", "metrics",
+    "outer_step", "checkpoints", "module", "callbacks", "data", "models", "cli",
 ]  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def by_hand(net: nn.Linear, episode, task: int, optimizer, options, steps: int) 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"lr": 0.0, "steps": 1}, "lr must be positive; found 0.0"),
+        ({"lr": 0.0, "steps": 1}, "lr must be a positive finite number; found 0.0"),
         ({"lr": 0.1, "steps": 0}, "steps must be at least 1; found 0"),
         ({"lr": 0.1, "steps": 1, "tol": -1.0}, "tol must be zero or positive; found -1.0"),
     ],

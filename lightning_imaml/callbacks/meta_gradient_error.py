@@ -53,6 +53,7 @@ class MetaGradientErrorMonitor(Callback):
     Raises:
         ValueError: ``every_n_steps`` or ``tasks`` is below one.
         TypeError: in ``setup``, if the module offers no meta-gradient to compare.
+        ValueError: in ``setup``, if the inner solver's step sizes are learned.
     """
 
     def __init__(
@@ -79,6 +80,11 @@ class MetaGradientErrorMonitor(Callback):
         """Check that the module has what the comparison needs."""
         require_interface(self, pl_module, _NEEDED)
         self.reference.inner_solver(pl_module.inner_solver)
+        if getattr(pl_module.inner_solver, "learned", False):
+            raise ValueError(
+                f"MetaGradientErrorMonitor: the inner solver's step sizes must be fixed, since the exact meta-gradient "
+                f"does not depend on them; found {pl_module.inner_solver}. Remove the callback, or set learned=False."
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Compare and log, if due."""
@@ -113,6 +119,7 @@ class MetaGradientErrorMonitor(Callback):
                     inner_solver=module.inner_solver,
                     regularizer=module.regularizer,
                     strengths=module.strengths,
+                    adapt_only=getattr(module, "adapt_only", None),
                     chunk_size=module.chunk_size,
                 )
             except (FloatingPointError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]

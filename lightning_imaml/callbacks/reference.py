@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from lightning_imaml.episodes import Episode
 from lightning_imaml.functional import MetaGradient, meta_gradient
 from lightning_imaml.linear import Direct, LinearSolver, MinRes
 from lightning_imaml.meta_gradients import Implicit
+from lightning_imaml.tasks import FlatModel
 
 
 class MetaGradientError(NamedTuple):
@@ -95,6 +96,7 @@ class ExactReference:
         *,
         inner_solver: Any,
         strengths: Mapping[str, Tensor] | None = None,
+        adapt_only: Sequence[str] | None = None,
         **problem: Any,
     ) -> MetaGradient:
         """Compute the reference; ``model`` is not touched.
@@ -104,6 +106,7 @@ class ExactReference:
             episode: the tasks.
             inner_solver: the solver whose kind and step size to use.
             strengths: learned strengths of the regulariser.
+            adapt_only: patterns over the names of the parameters that adapt; None for all.
             **problem: ``loss``, ``outer_loss``, ``regularizer`` and ``chunk_size`` of ``functional.meta_gradient``.
 
         Raises:
@@ -112,7 +115,7 @@ class ExactReference:
             torch.linalg.LinAlgError: the exact system is singular.
         """
         solver = self.inner_solver(inner_solver)
-        size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        size = sum(FlatModel(model, adapt_only=adapt_only).layout.sizes)
         # A copy in either precision: the forward passes may write to buffers.
         model = copy.deepcopy(model)
         values = None if strengths is None else {name: value.detach() for name, value in strengths.items()}
@@ -120,7 +123,9 @@ class ExactReference:
             model = model.double()
             episode, values = pytree.tree_map_only(Tensor, _double, (episode, values))
         estimator = Implicit(self.linear_solver(size), curvature=Hessian())
-        return meta_gradient(model, episode, inner_solver=solver, estimator=estimator, strengths=values, **problem)
+        return meta_gradient(
+            model, episode, inner_solver=solver, estimator=estimator, strengths=values, adapt_only=adapt_only, **problem
+        )
 
     def compare(self, grads: Mapping[str, Tensor], reference: MetaGradient) -> MetaGradientError:
         """Measure the distance of ``grads``, name to gradient, from the reference, over all names together."""

@@ -111,6 +111,8 @@ class ResultsTable(Callback):
                 inner_solver=pl_module.inner_solver,
                 regularizer=pl_module.regularizer,
                 strengths=dict(pl_module.strengths),
+                rates=dict(pl_module.rates),
+                adapt_only=pl_module.adapt_only,
                 chunk_size=pl_module.chunk_size,
             )
         except FloatingPointError:

@@ -4,37 +4,46 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lightning_imaml import compilation
-from lightning_imaml.component import require
-from lightning_imaml.inner.base import State, SteppingSolver
+from lightning_imaml.inner.base import State, StepSizes
+from lightning_imaml.positive import Bounds, Per, Value
 from lightning_imaml.tasks import InnerProblem
 
 
 @dataclass(frozen=True)
-class GradientDescent(SteppingSolver):
+class GradientDescent(StepSizes):
     r"""φ ← φ − lr ∇G(φ), with the regulariser in every step (`iMAML <https://arxiv.org/abs/1909.04630>`_, eq. 3).
 
     Converges where lr < 2/L for an L-smooth G; in about κ log(1/δ) steps to distance δ, κ = L/μ.
 
     Args:
-        lr: the step size.
+        lr: the step size; or patterns over parameter names with one each, of which the first that matches counts.
         steps: the most steps a task takes.
         tol: a task stops when ‖∇G‖ ≤ tol.
+        check_every: after how many steps the host looks whether all tasks are done, for which it waits for the device;
+            with ``tol=0`` never. The results do not depend on it.
+        learned: learn the step sizes, by their logarithm ``log_lr``; for ``Unrolled`` and ``Truncated``.
+        per: what has a learned step size of its own: each "layer", each entry of the parameters ("parameter", as in
+            `Meta-SGD <https://arxiv.org/abs/1707.09835>`_), or, for None, each pattern of ``lr``.
+        bounds: the lowest and the highest learned step size, see :class:`~lightning_imaml.regularizers.Proximal`.
 
     Raises:
-        ValueError: ``lr`` is not positive, ``steps`` is below 1 or ``tol`` is negative.
+        ValueError: ``lr`` is not positive or lies outside the bounds, ``per`` or ``bounds`` stands without ``learned``,
+            ``steps`` or ``check_every`` is below 1 or ``tol`` is negative; in use, a pattern matches no parameter, or a
+            parameter none.
     """
 
-    lr: float
+    lr: Value
     steps: int
     tol: float = 0.0
+    check_every: int = 1
+    learned: bool = False
+    per: Per | None = None
+    bounds: Bounds | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.lr > 0, self, "lr", "positive", self.lr, "0.1 is a usual start.")
+    __hash__ = StepSizes.__hash__
 
     def init(self, problem: InnerProblem, parameters: Tensor) -> State:
         """The state is the parameters alone."""
@@ -47,4 +56,4 @@ class GradientDescent(SteppingSolver):
 
     def _descend(self, problem: InnerProblem, parameters: Tensor) -> tuple[Tensor, Tensor]:
         gradient = problem.gradient(parameters)
-        return torch.add(parameters, gradient, alpha=-self.lr), gradient
+        return self.descend(problem, parameters, gradient), gradient

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_imaml import compilation
-from lightning_imaml.component import require
-from lightning_imaml.inner.base import State, SteppingSolver
+from lightning_imaml.inner.base import State, StepSizes
+from lightning_imaml.positive import Bounds, Per, Value
 from lightning_imaml.tasks import InnerProblem
 
 
 @dataclass(frozen=True)
-class Nesterov(SteppingSolver):
+class Nesterov(StepSizes):
     r"""Nesterov's accelerated gradient descent with adaptive restart, per task.
 
     .. math:: x_{k+1} = y_k - \text{lr} ∇G(y_k), \quad t_{k+1} = \tfrac{1 + \sqrt{1 + 4 t_k^2}}{2}, \quad
@@ -27,22 +27,33 @@ class Nesterov(SteppingSolver):
     gradient is measured.
 
     Args:
-        lr: the step size; it converges where lr ≤ 1/L for an L-smooth G.
+        lr: the step size, which converges where lr ≤ 1/L for an L-smooth G; or patterns over parameter names with one
+            each, of which the first that matches counts.
         steps: the most steps a task takes.
         tol: a task stops when ‖∇G‖ ≤ tol.
+        check_every: after how many steps the host looks whether all tasks are done, for which it waits for the device;
+            with ``tol=0`` never. The results do not depend on it.
+        learned: learn the step sizes, by their logarithm ``log_lr``; for ``Unrolled`` and ``Truncated``.
+        per: what has a learned step size of its own: each "layer", each entry of the parameters ("parameter", as in
+            `Meta-SGD <https://arxiv.org/abs/1707.09835>`_), or, for None, each pattern of ``lr``.
+        bounds: the lowest and the highest learned step size, see :class:`~lightning_imaml.regularizers.Proximal`.
 
     Raises:
-        ValueError: ``lr`` is not positive, ``steps`` is below 1 or ``tol`` is negative.
+        ValueError: ``lr`` is not positive or lies outside the bounds, ``per`` or ``bounds`` stands without ``learned``,
+            ``steps`` or ``check_every`` is below 1 or ``tol`` is negative; in use, a pattern matches no parameter, or a
+            parameter none.
     """
 
-    lr: float
+    lr: Value
     steps: int
     tol: float = 0.0
+    check_every: int = 1
+    learned: bool = False
+    per: Per | None = None
+    bounds: Bounds | None = None
     positions: ClassVar[int] = 2
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.lr > 0, self, "lr", "positive", self.lr, "0.1 is a usual start.")
+    __hash__ = StepSizes.__hash__
 
     def init(self, problem: InnerProblem, parameters: Tensor) -> State:
         """The state is (y, x, t)."""
@@ -56,7 +67,7 @@ class Nesterov(SteppingSolver):
 
     def _accelerate(self, problem: InnerProblem, y: Tensor, x: Tensor, t: Tensor) -> tuple[State, Tensor]:
         gradient = problem.gradient(y)
-        following = torch.add(y, gradient, alpha=-self.lr)
+        following = self.descend(problem, y, gradient)
         move = following - x
         uphill = torch.linalg.vecdot(gradient.detach(), move.detach()).unsqueeze(1) > 0
         t = torch.where(uphill, 1.0, t)

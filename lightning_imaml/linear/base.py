@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,23 @@ from lightning_imaml.component import Component
 
 MatVec = Callable[[Tensor], Tensor]
 """v ↦ A v for T symmetric systems at once, ``[T, D]`` to ``[T, D]``."""
+
+
+@dataclass(frozen=True, eq=False)
+class PreconditionedMatVec:
+    """A matvec that comes with an approximation of A⁻¹, which a solver may precondition by.
+
+    Attributes:
+        product: v ↦ A v.
+        inverse: v ↦ P v with P near A⁻¹, symmetric and positive definite, ``[T, D]`` to ``[T, D]``.
+    """
+
+    product: MatVec
+    inverse: MatVec
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """A v."""
+        return self.product(vector)
 
 
 class LinearSolution(NamedTuple):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from lightning_imaml.component import require
-from lightning_imaml.linear.base import LinearSolution, LinearSolver, MatVec, random_signs
+from lightning_imaml.component import all_done, require, require_check_every
+from lightning_imaml.linear.base import LinearSolution, LinearSolver, MatVec, PreconditionedMatVec, random_signs
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,11 @@ class ConjugateGradient(LinearSolver):
     .. math:: α_k = \frac{r_k^⊤ r_k}{p_k^⊤ A p_k}, \quad x_{k+1} = x_k + α_k p_k, \quad r_{k+1} = r_k - α_k A p_k, \quad
               p_{k+1} = r_{k+1} + \frac{r_{k+1}^⊤ r_{k+1}}{r_k^⊤ r_k} p_k
 
-    Every task has its own step sizes and stops by itself, by masks on the device: the host never waits for a value. A
-    task that meets pᵀAp ≤ 0 has an indefinite (or singular) system; it keeps the iterate it had, x = 0 if that is the
-    first direction, and reports ``indefinite``. A task whose product is not finite has a residual of NaN. The residual
-    is that of the recurrence, which rounding lets drift from ‖b − Ax‖ over hundreds of iterations. SciPy's equivalent
-    is ``scipy.sparse.linalg.cg``.
+    Every task has its own step sizes and stops by itself, by masks on the device. A task that meets pᵀAp ≤ 0 has an
+    indefinite (or singular) system; it keeps the iterate it had, x = 0 if that is the first direction, and reports
+    ``indefinite``. A task whose product is not finite has a residual of NaN. The residual is that of the recurrence,
+    which rounding lets drift from ‖b − Ax‖ over hundreds of iterations. SciPy's equivalent is
+    ``scipy.sparse.linalg.cg``.
 
     With Jacobi's preconditioner M = diag(A), r and p are measured by rᵀM⁻¹r, and p starts from M⁻¹r. Only products with
     A are known, so the diagonal is estimated as the mean of z ⊙ Az over probes z of random signs
@@ -31,20 +32,30 @@ class ConjugateGradient(LinearSolver):
     task; it is exact where A is diagonal. It helps where the diagonal spreads over orders of magnitude. Entries below a
     hundredth of the mean size are raised to it, so that M is positive definite.
 
+    With ``preconditioner="regularizer"``, M is the matrix of a
+    :class:`~lightning_imaml.regularizers.MatrixProximal`, as ``Implicit`` passes it on. It costs no products, and helps
+    where R has most of the curvature, and most of its spread.
+
     Args:
         max_iter: the most iterations, one product with A each.
         rtol: a task stops when ‖r‖ ≤ rtol ‖b‖. 0 runs all iterations.
         damping: solves (A + damping · I) x = b instead.
         jacobi_probes: precondition by a diagonal estimated with this many products; 0 is without.
+        check_every: after how many iterations the host looks whether all tasks are done, for which it waits for the
+            device; with ``rtol=0`` never. The results do not depend on it.
+        preconditioner: "regularizer" preconditions by the regulariser's matrix; None is without.
 
     Raises:
-        ValueError: ``max_iter`` is below 1, or ``rtol``, ``damping`` or ``jacobi_probes`` is negative.
+        ValueError: ``max_iter`` or ``check_every`` is below 1, or ``rtol``, ``damping`` or ``jacobi_probes`` is
+            negative, or both preconditioners are asked for; in use, there is no regulariser with a matrix.
     """
 
     max_iter: int = 5
     rtol: float = 0.0
     damping: float = 0.0
     jacobi_probes: int = 0
+    check_every: int = 1
+    preconditioner: Literal["regularizer"] | None = None
 
     def __post_init__(self) -> None:
         require(self.max_iter >= 1, self, "max_iter", "at least 1", self.max_iter, "The paper uses 5.")
@@ -52,15 +63,20 @@ class ConjugateGradient(LinearSolver):
         require(self.damping >= 0, self, "damping", "zero or positive", self.damping, "Use 0 for no damping.")
         probes = self.jacobi_probes
         require(probes >= 0, self, "jacobi_probes", "zero or positive", probes, "Use 0 for no preconditioner.")
+        require_check_every(self, self.check_every)
+        found = self.preconditioner
+        require(found in (None, "regularizer"), self, "preconditioner", "'regularizer' or None", found, "See Jacobi's.")
+        remedy = "Leave one of them out."
+        require(not (found and probes), self, "preconditioner", "None with jacobi_probes", found, remedy)
 
     def solve(self, matvec: MatVec, rhs: Tensor) -> LinearSolution:
         """Solve A x = b for every task, see :meth:`LinearSolver.solve`."""
-        scale = self._jacobi(matvec, rhs) if self.jacobi_probes else None
+        precondition = self._preconditioner(matvec, rhs)
         x = torch.zeros_like(rhs)
         r = rhs.clone()
-        p = rhs.clone() if scale is None else scale * rhs
+        p = rhs.clone() if precondition is None else precondition(rhs)
         rr = norm2 = vecdot(rhs, rhs)
-        rz = rr if scale is None else vecdot(r, p)
+        rz = rr if precondition is None else vecdot(r, p)
         goal = norm2 * self.rtol**2
         active = rr > goal
         steps = torch.full_like(rr, self.jacobi_probes, dtype=torch.long)
@@ -81,12 +97,28 @@ class ConjugateGradient(LinearSolver):
             r.addcmul_(alpha, product.nan_to_num(), value=-1)
             rr = vecdot(r, r)
             if k + 1 < self.max_iter:
-                z = r if scale is None else scale * r
-                previous, rz = rz, rr if scale is None else vecdot(r, z)
+                z = r if precondition is None else precondition(r)
+                previous, rz = rz, rr if precondition is None else vecdot(r, z)
                 p.mul_(torch.where(active, rz / previous, 0).unsqueeze(1)).add_(z)
             active = active & (rr > goal)
+            if self.rtol > 0 and k + 1 < self.max_iter and all_done(active, k + 1, self.check_every):
+                break
         residual = torch.where(norm2 == 0, 0, (rr / norm2).sqrt()).masked_fill(broken, torch.nan)
         return LinearSolution(x, steps, residual, (rr <= goal) & ~broken, indefinite)
+
+    def _preconditioner(self, matvec: MatVec, rhs: Tensor) -> MatVec | None:
+        """R ↦ M⁻¹ r, ``[T, D]`` to ``[T, D]``."""
+        if self.jacobi_probes:
+            scale = self._jacobi(matvec, rhs)
+            return lambda vector: scale * vector
+        if self.preconditioner is None:
+            return None
+        if not isinstance(matvec, PreconditionedMatVec):
+            raise ValueError(
+                "ConjugateGradient: preconditioner='regularizer' must have a regulariser with a matrix; found none. "
+                "Use Proximal or another MatrixProximal, or jacobi_probes."
+            )
+        return matvec.inverse
 
     def _jacobi(self, matvec: MatVec, rhs: Tensor) -> Tensor:
         """The inverse of A's estimated diagonal: ``[T, D]``."""

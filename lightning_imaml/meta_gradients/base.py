@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ class Estimate:
         inner: the inner loop's outcome.
         residual: ‖∇G_i(φ_i)‖, ``[T]``.
         initial: Σ_i dQ_i/dθ, ``[D]``.
-        strengths: Σ_i dQ_i/dλ, by name.
+        others: Σ_i dQ_i/dη for all other meta-parameters, by the names of ``InnerProblem.meta_parameters``.
         linear: the linear solve's outcome, where there was one.
     """
 
@@ -36,12 +37,12 @@ class Estimate:
     inner: InnerSolution
     residual: Tensor
     initial: Tensor
-    strengths: dict[str, Tensor] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
     linear: LinearSolution | None = None
 
 
 class Estimator(Component, ABC):
-    """Gives dQ_i(φ_i)/dη for every meta-parameter η, the initialisation θ and learned strengths λ."""
+    """Gives dQ_i(φ_i)/dη for every meta-parameter η: θ, learned λ and step sizes, and ω where only a part adapts."""
 
     @abstractmethod
     def estimate(self, problem: InnerProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
@@ -58,19 +59,26 @@ class Estimator(Component, ABC):
         return 0
 
 
-def query_gradient(query: TaskLoss, parameters: Tensor) -> tuple[Tensor, Any, Tensor]:
-    """Q ``[T]``, the outputs, and ∇Q ``[T, D]`` at adapted parameters; its graph is gone on return."""
-    loss, outputs, gradient = compilation.run(_query_gradient, query, parameters)
-    return loss, outputs, gradient
+def query_gradient(query: TaskLoss, parameters: Tensor) -> tuple[Tensor, Any, Tensor, dict[str, Tensor]]:
+    """Q ``[T]``, the outputs, ∇Q ``[T, D]`` and Σ_i ∂Q_i/∂ω at adapted parameters; its graph is gone on return."""
+    loss, outputs, gradient, shared = compilation.run(_query_gradient, query, parameters)
+    return loss, outputs, gradient, shared
 
 
-def _query_gradient(query: TaskLoss, parameters: Tensor) -> tuple[Tensor, Any, Tensor]:
+def _query_gradient(query: TaskLoss, parameters: Tensor) -> tuple[Tensor, Any, Tensor, dict[str, Tensor]]:
     with torch.enable_grad():
         point = parameters.detach().requires_grad_()
-        outputs = query.outputs(point)
+        shared = leaves(query.shared())
+        outputs = query.with_shared(shared).outputs(point)
         loss = query.of(outputs)
-        (gradient,) = torch.autograd.grad(loss.sum(), point)
-    return loss.detach(), pytree.tree_map(Tensor.detach, outputs), gradient
+        gradient, *direct = torch.autograd.grad(loss.sum(), [point, *shared.values()], materialize_grads=True)
+    outputs = pytree.tree_map(Tensor.detach, outputs)
+    return loss.detach(), outputs, gradient, dict(zip(shared, direct, strict=True))
+
+
+def leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values to differentiate by, cut off from where they come from."""
+    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
 
 
 def refuse_strengths(estimator: Estimator, problem: InnerProblem) -> None:
@@ -79,4 +87,13 @@ def refuse_strengths(estimator: Estimator, problem: InnerProblem) -> None:
         raise ValueError(
             f"{type(estimator).__name__}: the regulariser must have no learned strengths, since it has no gradient for "
             f"them; found {sorted(problem.strengths)}. Fix them, or use Implicit or Unrolled."
+        )
+
+
+def refuse_rates(estimator: Estimator, problem: InnerProblem, reason: str) -> None:
+    """Raise the error of an estimator for which learned step sizes have no gradient."""
+    if problem.rates:
+        raise ValueError(
+            f"{type(estimator).__name__}: the inner solver must have no learned step sizes, since {reason}; found "
+            f"{sorted(problem.rates)}. Fix them (learned=False), or use Unrolled or Truncated."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_imaml.inner.base import InnerSolver
-from lightning_imaml.meta_gradients.base import Estimate, Estimator, query_gradient, refuse_strengths
+from lightning_imaml.meta_gradients.base import Estimate, Estimator, query_gradient, refuse_rates, refuse_strengths
 from lightning_imaml.phases import INNER_LOOP, phase
 from lightning_imaml.tasks import InnerProblem, TaskLoss
 
@@ -14,16 +14,18 @@ from lightning_imaml.tasks import InnerProblem, TaskLoss
 class FirstOrder(Estimator):
     """dQ_i/dθ ≈ ∇Q_i(φ_i): first-order MAML (`Finn et al., 2017 <https://arxiv.org/abs/1703.03400>`_, section 5.2).
 
-    It takes dφ_i/dθ for the identity, so it knows nothing of learned strengths.
+    It takes dφ_i/dθ for the identity, and φ_i for a constant in everything else: it knows nothing of learned strengths
+    and step sizes, and where only a part adapts, the shared parameters get ∂Q_i/∂ω.
 
     Raises:
-        ValueError: the regulariser has learned strengths.
+        ValueError: the regulariser has learned strengths, or the inner solver learned step sizes.
     """
 
     def estimate(self, problem: InnerProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
         """Adapt, judge and differentiate, see :meth:`Estimator.estimate`."""
         refuse_strengths(self, problem)
+        refuse_rates(self, problem, "it takes the adapted parameters for constants")
         with phase(INNER_LOOP):
             inner = inner_solver.solve(problem, problem.start())
-        loss, outputs, slope = query_gradient(query, inner.parameters)
-        return Estimate(loss, outputs, inner, problem.residual(inner.parameters), slope.sum(dim=0))
+        loss, outputs, slope, shared = query_gradient(query, inner.parameters)
+        return Estimate(loss, outputs, inner, problem.residual(inner.parameters), slope.sum(dim=0), shared)

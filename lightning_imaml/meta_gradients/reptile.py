@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_imaml.inner.base import InnerSolver
-from lightning_imaml.meta_gradients.base import Estimate, Estimator, refuse_strengths
+from lightning_imaml.meta_gradients.base import Estimate, Estimator, refuse_rates, refuse_strengths
 from lightning_imaml.phases import INNER_LOOP, phase
 from lightning_imaml.tasks import InnerProblem, TaskLoss
 
@@ -20,12 +20,20 @@ class Reptile(Estimator):
     examples in its support set. Plain SGD with learning rate ε makes θ ← θ + ε mean(φ_i − θ).
 
     Raises:
-        ValueError: the regulariser has learned strengths, which have no such direction.
+        ValueError: the regulariser has learned strengths, the inner solver learned step sizes, or only a part of the
+            network adapts: only what adapts has such a direction.
     """
 
     def estimate(self, problem: InnerProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
         """Adapt, judge and point, see :meth:`Estimator.estimate`."""
         refuse_strengths(self, problem)
+        refuse_rates(self, problem, "it has no direction for them")
+        shared = problem.support.model.shared
+        if shared:
+            raise ValueError(
+                f"Reptile: all trainable parameters must adapt, since it has no direction for the others; found "
+                f"{list(shared)}. Leave out adapt_only, freeze them (requires_grad=False), or use another estimator."
+            )
         with phase(INNER_LOOP):
             inner = inner_solver.solve(problem, problem.start())
         with torch.no_grad():

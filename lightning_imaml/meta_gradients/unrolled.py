@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_imaml.component import require
 from lightning_imaml.inner.base import InnerSolution, InnerSolver
-from lightning_imaml.meta_gradients.base import Estimate, Estimator, refuse_strengths
+from lightning_imaml.meta_gradients.base import Estimate, Estimator, leaves, refuse_rates, refuse_strengths
 from lightning_imaml.phases import INNER_LOOP, phase
 from lightning_imaml.tasks import InnerProblem, TaskLoss
 
@@ -44,7 +44,8 @@ class Truncated(Estimator):
 
     Raises:
         ValueError: ``last_steps`` is negative; in use, it exceeds the inner solver's steps, or that solver has a
-            tolerance, so that tasks end before the last steps; or strengths are learned and no step is differentiated.
+            tolerance, so that tasks end before the last steps; or strengths or step sizes are learned and no step is
+            differentiated.
     """
 
     last_steps: int
@@ -62,6 +63,7 @@ class Truncated(Estimator):
             )
         if self.last_steps == 0:
             refuse_strengths(self, problem)
+            refuse_rates(self, problem, "with last_steps=0 it differentiates no step")
         return _through_steps(problem, query, inner_solver, self.differentiated_steps(inner_solver))
 
     def differentiated_steps(self, inner_solver: InnerSolver) -> int:
@@ -72,13 +74,13 @@ class Truncated(Estimator):
 def _through_steps(problem: InnerProblem, query: TaskLoss, inner_solver: InnerSolver, steps: int) -> Estimate:
     with torch.enable_grad():
         initial = problem.initial.detach().requires_grad_()
-        strengths = {name: value.detach().requires_grad_() for name, value in problem.strengths.items()}
-        attached = replace(problem, initial=initial, strengths=strengths)
+        others = leaves(problem.meta_parameters())
+        attached = replace(problem.with_meta_parameters(others), initial=initial)
         with phase(INNER_LOOP):
             inner = inner_solver.solve(attached, attached.start(), differentiable_steps=steps)
-        outputs = query.outputs(inner.parameters)
+        outputs = query.with_shared(attached.support.shared()).outputs(inner.parameters)
         loss = query.of(outputs)
-        gradients = torch.autograd.grad(loss.sum(), [initial, *strengths.values()], materialize_grads=True)
+        gradients = torch.autograd.grad(loss.sum(), [initial, *others.values()], materialize_grads=True)
     inner = InnerSolution(inner.parameters.detach(), inner.steps)
     return Estimate(
         loss.detach(),
@@ -86,5 +88,5 @@ def _through_steps(problem: InnerProblem, query: TaskLoss, inner_solver: InnerSo
         inner,
         problem.residual(inner.parameters),
         gradients[0],
-        dict(zip(strengths, gradients[1:], strict=True)),
+        dict(zip(others, gradients[1:], strict=True)),
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_imaml.component import Component
 
 if TYPE_CHECKING:
+    from lightning_imaml.layout import Layout
     from lightning_imaml.tasks import FlatModel
 
 
@@ -25,6 +26,13 @@ class Regularizer(Component, ABC):
     def init(self, model: FlatModel) -> dict[str, Tensor]:
         """The learned strengths λ at the start, by names without dots; empty where nothing is learned."""
         return {}
+
+    def for_layout(self, layout: Layout) -> Regularizer:
+        """The same regulariser, knowing which parameters the rows hold; itself where that makes no difference.
+
+        With ``compile=True``, what this returns must be hashable.
+        """
+        return self
 
     @abstractmethod
     def penalty(self, parameters: Tensor, initial: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:

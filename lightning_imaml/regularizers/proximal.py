@@ -1,8 +1,7 @@
-"""The proximal regulariser of iMAML."""
+"""The proximal regulariser of iMAML, and the same with a strength for each group of parameters or each entry."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,53 +9,82 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_imaml.component import require
-from lightning_imaml.regularizers.base import Regularizer
+from lightning_imaml.layout import Layout
+from lightning_imaml.positive import Bounds, Per, Positive, Value, check, place
+from lightning_imaml.regularizers.matrix import MatrixProximal
 
 if TYPE_CHECKING:
     from lightning_imaml.tasks import FlatModel
 
 
 @dataclass(frozen=True)
-class Proximal(Regularizer):
-    r"""R(φ, θ, λ) = λ/2 ‖φ − θ‖² (`iMAML <https://arxiv.org/abs/1909.04630>`_, eq. 3).
+class Proximal(MatrixProximal):
+    r"""R(φ, θ, λ) = λ/2 ‖φ − θ‖² (`iMAML <https://arxiv.org/abs/1909.04630>`_, eq. 3); or Σ_j λ_j/2 (φ_j − θ_j)².
+
+    ``Proximal(2.0)`` is the paper's. ``Proximal({"features.*": 2.0, "*": 0.1}, learned=True)`` learns two strengths,
+    ``Proximal(2.0, learned=True, per="layer")`` one for each layer, weight and bias together, and ``per="parameter"``
+    one for each single weight.
 
     Args:
-        strength: λ > 0, or its first value where it is learned.
-        learned: learn λ by its implicit gradient. Its logarithm ``log_strength`` is the parameter, which keeps λ
-            positive.
+        strength: λ > 0, or its first value where it is learned; or patterns over parameter names with one each. The
+            first pattern that matches counts.
+        learned: learn λ by its gradient. Its logarithm ``log_strength`` is the parameter, which keeps λ positive.
+        per: what has a learned strength of its own: each "layer", each entry of the parameters ("parameter"), or, for
+            None, each pattern; the whole model where ``strength`` is a number.
+        bounds: the lowest and the highest value of learned strengths. The parameter is then ``logit_strength``, s in
+            λ = a (b/a)^σ(s) for bounds (a, b): strengths near a bound move slowly, but always have a gradient.
 
     Raises:
-        ValueError: ``strength`` is not a positive finite number.
+        ValueError: ``strength`` is not a positive finite number or lies outside the bounds, or ``per`` or ``bounds``
+            stands without ``learned``; in use, a pattern matches no parameter, or a parameter no pattern.
     """
 
-    strength: float = 2.0
+    strength: Value = 2.0
     learned: bool = False
+    per: Per | None = None
+    bounds: Bounds | None = None
 
     def __post_init__(self) -> None:
-        positive = math.isfinite(self.strength) and self.strength > 0
-        remedy = (
-            "At λ = 0 the inner solution does not depend on θ: use an estimator without an implicit system instead."
-        )
-        require(positive, self, "strength", "a positive finite number", self.strength, remedy)
+        check(self, "strength", self.strength, self.learned, self.per, self.bounds)
 
     def init(self, model: FlatModel) -> dict[str, Tensor]:
-        """``log_strength``, a scalar, where λ is learned."""
-        if not self.learned:
-            return {}
-        return {"log_strength": torch.tensor(math.log(self.strength), dtype=model.dtype, device=model.device)}
+        """What is learned: a scalar, one number for each group, or one for each entry ``[D]``."""
+        return self._placed(model.layout).init(model)
 
-    def penalty(self, parameters: Tensor, initial: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
-        """λ/2 ‖φ − θ‖² for every task: ``[T]``."""
-        return (parameters - initial).square().sum(dim=1) * (self._strength(strengths) / 2)
+    def for_layout(self, layout: Layout) -> MatrixProximal:
+        """The same with every strength in its place."""
+        return DiagonalProximal(self._placed(layout))
 
-    def gradient(self, parameters: Tensor, initial: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
-        """λ (φ − θ): ``[T, D]``."""
-        return (parameters - initial) * self._strength(strengths)
+    def multiply(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
+        """λ times every row, for a single λ, ``[T, D]``."""
+        return DiagonalProximal(self._placed(None)).multiply(rows, strengths)
 
-    def product(self, vector: Tensor, parameters: Tensor, initial: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
-        """λ times ``vector``: ``[T, D]``."""
-        return vector * self._strength(strengths)
+    def solve(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
+        """Every row over λ, for a single λ, ``[T, D]``."""
+        return DiagonalProximal(self._placed(None)).solve(rows, strengths)
 
-    def _strength(self, strengths: Mapping[str, Tensor]) -> Tensor | float:
-        return strengths["log_strength"].exp() if self.learned else self.strength
+    def diagonal(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
+        """λ for every entry, for a single λ, ``[D]``."""
+        return DiagonalProximal(self._placed(None)).diagonal(rows, strengths)
+
+    def _placed(self, layout: Layout | None) -> Positive:
+        return place("strength", self.strength, self.learned, self.per, self.bounds, layout)
+
+
+@dataclass(frozen=True)
+class DiagonalProximal(MatrixProximal):
+    """:class:`Proximal` for rows that are known: M = diag(λ)."""
+
+    strength: Positive
+
+    def multiply(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
+        """λ times every row, ``[T, D]``."""
+        return rows * self.strength.values(strengths, rows)
+
+    def solve(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
+        """Every row over λ, ``[T, D]``."""
+        return rows / self.strength.values(strengths, rows)
+
+    def diagonal(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
+        """λ for every entry, ``[D]``."""
+        return torch.ones_like(rows[0]) * self.strength.values(strengths, rows)

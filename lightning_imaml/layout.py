@@ -1,0 +1,84 @@
+"""Where the parameters of a network lie in a row, and patterns over their names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parameters of a row ``[D]``, one after the other.
+
+    Attributes:
+        names: their names in the network.
+        shapes: their shapes in the network.
+        channels_innermost: whether rows hold the weights of 2-d convolutions as ``[out, height, width, in]``, as
+            compiled convolutions read them.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    channels_innermost: bool = False
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of entries of each parameter."""
+        return [math.prod(shape) for shape in self.shapes]
+
+    def unflatten(self, rows: Tensor) -> dict[str, Tensor]:
+        """Cut ``[..., D]`` into named tensors ``[..., *shape]``."""
+        # One split, not one slice a parameter: its backward is one concatenation instead of a zero-filled [T, D] each.
+        pieces = torch.split(rows, self.sizes, dim=-1)
+        named = {}
+        for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True):
+            if self._moved(shape):
+                out, channels, height, width = shape
+                piece = piece.reshape(*rows.shape[:-1], out, height, width, channels).movedim(-1, -3)
+            else:
+                piece = piece.reshape(*rows.shape[:-1], *shape)
+            named[name] = piece
+        return named
+
+    def flatten(self, named: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of :meth:`unflatten`: tensors ``[..., *shape]`` to ``[..., D]``."""
+        pieces = []
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            tensor = named[name]
+            leading = tensor.shape[: tensor.ndim - len(shape)]
+            pieces.append((tensor.movedim(-3, -1) if self._moved(shape) else tensor).reshape(*leading, -1))
+        return torch.cat(pieces, dim=-1)
+
+    def network_order(self, rows: Tensor) -> Tensor:
+        """``[..., D]`` with the entries of each parameter in the network's own order."""
+        return self._in_network_order().flatten(self.unflatten(rows)) if self.channels_innermost else rows
+
+    def row_order(self, rows: Tensor) -> Tensor:
+        """The inverse of :meth:`network_order`."""
+        return self.flatten(self._in_network_order().unflatten(rows)) if self.channels_innermost else rows
+
+    def _in_network_order(self) -> Layout:
+        return Layout(self.names, self.shapes)
+
+    def _moved(self, shape: tuple[int, ...]) -> bool:
+        return self.channels_innermost and len(shape) == 4
+
+
+def matches(name: str, patterns: Collection[str]) -> bool:
+    """Whether a name matches one of the patterns: ``*``, ``?`` and ``[...]`` as in a shell."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def require_matches(patterns: Collection[str], names: Sequence[str], argument: str) -> None:
+    """Raise a ValueError that lists the names if a pattern matches none of them."""
+    unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    if unknown:
+        raise ValueError(
+            f"{argument} must hold patterns of parameter names; found {unknown}, which match none. The names are "
+            f"{list(names)}: '*' stands for any part of them."
+        )

@@ -1,0 +1,150 @@
+"""Positive numbers for the entries of a row: one for all, one for each group of parameters, or one for each entry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_imaml.component import require
+from lightning_imaml.layout import Layout, matches, require_matches
+
+if TYPE_CHECKING:
+    from lightning_imaml.tasks import FlatModel
+
+Value = float | Mapping[str, float]
+"""A positive number, or patterns over parameter names with one each; the first pattern that matches a name counts."""
+Per = Literal["layer", "parameter"]
+"""What has a learned value of its own: each layer, or each single entry of the parameters."""
+Bounds = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Positive:
+    r"""Positive numbers by place, fixed or learned.
+
+    What is learned is the logarithm, ``log_<name>``, which keeps the number positive; or with bounds (a, b)
+    ``logit_<name>``, s in a (b/a)^σ(s), which keeps it between them and has a gradient everywhere.
+
+    Attributes:
+        name: what the numbers are.
+        layout: the places; None where one number serves all.
+        start: the first value of each group.
+        groups: which group each parameter belongs to.
+        learned: whether they are learned.
+        every_entry: whether each entry has a learned value of its own.
+        bounds: the lowest and the highest value.
+    """
+
+    name: str
+    layout: Layout | None
+    start: tuple[float, ...]
+    groups: tuple[int, ...]
+    learned: bool = False
+    every_entry: bool = False
+    bounds: Bounds | None = None
+
+    @property
+    def leaf(self) -> str:
+        """The name of what is learned."""
+        return f"{'logit' if self.bounds else 'log'}_{self.name}"
+
+    def init(self, model: FlatModel) -> dict[str, Tensor]:
+        """What is learned at the start: a scalar, one number for each group ``[groups]``, or for each entry ``[D]``."""
+        if not self.learned:
+            return {}
+        raw = torch.tensor([self._raw(value) for value in self.start], dtype=model.dtype, device=model.device)
+        if self.every_entry:
+            # A copy, not a view of a few numbers: an optimizer writes to it. Entries are in the network's order.
+            return {self.leaf: self._spread(raw).clone()}
+        return {self.leaf: raw if len(self.start) > 1 else raw[0]}
+
+    def values(self, learned: Mapping[str, Tensor], like: Tensor) -> Tensor | float:
+        """The numbers themselves: one for all, or ``[D]`` with the dtype and device of ``like``."""
+        if not self.learned:
+            return self.start[0] if len(self.start) == 1 else self._spread(like.new_tensor(self.start))
+        raw = learned[self.leaf]
+        positive = raw.exp() if self.bounds is None else self._between(raw, *self.bounds)
+        if self.every_entry and self.layout is not None:
+            return self.layout.row_order(positive)
+        return positive if len(self.start) == 1 else self._spread(positive)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """One number for each group to one for each entry, ``[D]``."""
+        assert self.layout is not None
+        sizes = zip(self.groups, self.layout.sizes, strict=True)
+        return torch.cat([values[group].expand(size) for group, size in sizes])
+
+    def _raw(self, value: float) -> float:
+        if self.bounds is None:
+            return math.log(value)
+        low, high = self.bounds
+        share = math.log(value / low) / math.log(high / low)
+        return math.log(share / (1 - share))
+
+    @staticmethod
+    def _between(raw: Tensor, low: float, high: float) -> Tensor:
+        return low * (math.log(high / low) * raw.sigmoid()).exp()
+
+
+def check(owner: object, name: str, value: Value, learned: bool, per: Per | None, bounds: Bounds | None) -> None:
+    """Raise a ValueError unless these settings of an owner's argument make sense together."""
+    numbers = list(value.values()) if isinstance(value, Mapping) else [value]
+    positive = bool(numbers) and all(math.isfinite(number) and number > 0 for number in numbers)
+    kind = "a positive finite number, or patterns with one each" if isinstance(value, Mapping) else None
+    remedy = "At λ = 0 the inner solution does not depend on θ: use an estimator without an implicit system instead."
+    if name != "strength":
+        remedy = "0.1 is a usual start."
+    require(positive, owner, name, kind or "a positive finite number", value, remedy)
+    choices = "'layer', 'parameter' or None"
+    require(per in (None, "layer", "parameter"), owner, "per", choices, per, "None is one value for each pattern.")
+    remedy = "Set learned=True, or leave it out: fixed values are the same either way."
+    require(per is None or learned, owner, "per", "None where nothing is learned", per, remedy)
+    if bounds is None:
+        return
+    require(learned, owner, "bounds", "None where nothing is learned", bounds, "Set learned=True, or leave them out.")
+    low, high = bounds
+    inside = 0 < low < high < math.inf and all(low < number < high for number in numbers)
+    requirement = f"two positive numbers with every first {name} between them"
+    require(inside, owner, "bounds", requirement, bounds, f"The first value is {value}.")
+
+
+def place(
+    name: str, value: Value, learned: bool, per: Per | None, bounds: Bounds | None, layout: Layout | None
+) -> Positive:
+    """Work out which value belongs to which parameter.
+
+    Raises:
+        ValueError: a pattern has no parameter, or a parameter has no pattern; the message lists the names.
+    """
+    if layout is None or (per is None and not isinstance(value, Mapping)):
+        if isinstance(value, Mapping) or per is not None:
+            raise ValueError(f"{name} must be one number where the network is not known; found {value}, per {per!r}.")
+        return Positive(name, None, (float(value),), (), learned, False, bounds)
+    patterns = dict(value) if isinstance(value, Mapping) else {"*": value}
+    require_matches(patterns, layout.names, name)
+    found = [next((pattern for pattern in patterns if matches(own, [pattern])), None) for own in layout.names]
+    lacking = [own for own, pattern in zip(layout.names, found, strict=True) if pattern is None]
+    if lacking:
+        raise ValueError(
+            f"{name} must have a pattern for every adapted parameter; found none for {lacking}. Add them, or '*' as "
+            "the last pattern for all others."
+        )
+    unused = [pattern for pattern in patterns if pattern not in found]
+    if unused:
+        raise ValueError(
+            f"every pattern of {name} must be the first to match some parameter; found {unused}, whose names earlier "
+            f"patterns take. Put the narrower patterns first; the names are {list(layout.names)}."
+        )
+    keys = [
+        (pattern, own.rpartition(".")[0]) if per == "layer" else (pattern, "")
+        for own, pattern in zip(layout.names, found, strict=True)
+    ]
+    kinds = list(dict.fromkeys(keys))
+    start = tuple(float(patterns[str(pattern)]) for pattern, _ in kinds)
+    groups = tuple(kinds.index(key) for key in keys)
+    return Positive(name, layout, start, groups, learned, per == "parameter", bounds)

@@ -1,0 +1,110 @@
+"""What happens before a batch of tasks is solved: checks, chunks, precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from lightning_imaml.chunks import default_chunk_size
+from lightning_imaml.episodes import Episode, ordinary
+from lightning_imaml.inner import InnerSolver
+from lightning_imaml.regularizers import Regularizer
+from lightning_imaml.support_set import joined
+from lightning_imaml.tasks import FlatModel, InnerProblem, LossFunction, TaskLoss
+
+
+def prepare(
+    model: nn.Module,
+    episode: Episode,
+    loss: LossFunction,
+    outer_loss: LossFunction,
+    inner_solver: InnerSolver,
+    regularizer: Regularizer,
+    strengths: Mapping[str, Tensor] | None,
+    rates: Mapping[str, Tensor] | None,
+    adapt_only: Sequence[str] | None,
+    chunk_size: int | None,
+    compile: bool,
+    full_precision: bool,
+    differentiated_steps: int = 0,
+) -> tuple[FlatModel, Callable[[Episode], Iterator[tuple[InnerProblem, TaskLoss]]]]:
+    """Check everything once; what is returned with the network cuts an episode into chunks of tasks."""
+    check_chunk_size(chunk_size)
+    flat = FlatModel(model, compile, adapt_only=adapt_only)
+    if full_precision and flat.dtype.itemsize < torch.float32.itemsize:
+        flat = FlatModel(model, compile, torch.float32, adapt_only)
+    episode.validate()
+    for name in ("support_inputs", "query_inputs"):
+        for leaf in pytree.tree_leaves(getattr(episode, name)):
+            if leaf.device != flat.device:
+                raise ValueError(
+                    f"{name} must be on the backbone's device {flat.device}; found {leaf.device}. Move one of them "
+                    "with .to(device)."
+                )
+            if leaf.is_floating_point() and leaf.dtype != flat.stored_dtype:
+                raise ValueError(
+                    f"{name} must have the backbone's dtype {flat.stored_dtype}; found {leaf.dtype}. "
+                    f"Convert the episode with .to({flat.stored_dtype}), or the backbone with .to({leaf.dtype})."
+                )
+    support_classes = classes_of("support_targets", episode.support_targets, loss)
+    query_classes = classes_of("query_targets", episode.query_targets, outer_loss)
+
+    def chunks(episode: Episode) -> Iterator[tuple[InnerProblem, TaskLoss]]:
+        # Made when the solves begin, outside inference mode.
+        values = regularizer.init(flat) if strengths is None else flat.cast(dict(strengths))
+        step_sizes = inner_solver.rates(flat) if rates is None else flat.cast(dict(rates))
+        initial, state = flat.initial(), flat.state() if flat.shared else None
+        query_inputs, support_rows = joined(model, episode.support_inputs, episode.query_inputs)
+        size = chunk_size or default_chunk_size(
+            flat, episode.support_inputs, episode.tasks, query_inputs, differentiated_steps
+        )
+        for part in episode._replace(query_inputs=query_inputs).split(size):
+            tasks = Episode(*flat.cast(ordinary(tuple(part))))
+            support = TaskLoss(flat, loss, tasks.support_inputs, tasks.support_targets, support_classes, state)
+            query = TaskLoss(
+                flat, outer_loss, tasks.query_inputs, tasks.query_targets, query_classes, state, support_rows
+            )
+            yield InnerProblem(support, regularizer, initial, values, step_sizes), query
+
+    return flat, chunks
+
+
+def classes_of(name: str, targets: Any, loss: LossFunction) -> int | None:
+    """How many outputs class-index targets need; None where the loss does not take class indices."""
+    if loss is not F.cross_entropy and not isinstance(loss, nn.CrossEntropyLoss):
+        return None
+    if not isinstance(targets, Tensor) or targets.is_floating_point():
+        return None
+    ignored = loss.ignore_index if isinstance(loss, nn.CrossEntropyLoss) else -100
+    kept = targets.where(targets != ignored, 0)
+    lowest, highest = torch.stack([kept.min(), kept.max()]).tolist()
+    if lowest < 0:
+        raise ValueError(
+            f"{name} must be class indices from 0; found {lowest}. Relabel each task's classes to 0 … N-1."
+        )
+    return int(highest) + 1
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raise a ValueError for chunks of nothing."""
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, or None for all tasks at once; found {chunk_size}.")
+
+
+@contextmanager
+def precision(flat: FlatModel, full: bool) -> Iterator[None]:
+    """Leave inference mode, which cannot differentiate, and autocast: a bf16 Hessian product is wrong by 5e-3."""
+    default = torch.get_default_dtype()
+    with torch.inference_mode(False), torch.autocast(flat.device.type, enabled=False) if full else nullcontext():
+        if flat.dtype != flat.stored_dtype:  # What the network makes anew must fit, too.
+            torch.set_default_dtype(flat.dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)

@@ -1,0 +1,61 @@
+"""A full matrix in place of λ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_imaml.layout import Layout
+from lightning_imaml.regularizers.cholesky import factor, require_positive, require_small, scaled_identity
+from lightning_imaml.regularizers.matrix import InNetworkOrder, MatrixProximal
+
+if TYPE_CHECKING:
+    from lightning_imaml.tasks import FlatModel
+
+
+@dataclass(frozen=True)
+class FullProximal(MatrixProximal):
+    """:class:`MatrixProximal` with a full learned matrix M = L Lᵀ over all D adapted parameters, for small D.
+
+    The strength ``log_cholesky``, ``[D, D]``, holds L: the strictly lower triangle as it is, the logarithms of the
+    diagonal; its upper triangle has no effect. A product costs D² operations a task.
+
+    Args:
+        strength: M starts as this times the identity.
+
+    Raises:
+        ValueError: ``strength`` is not a positive finite number; in use, D is above 2048.
+    """
+
+    strength: float = 2.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, self.strength)
+
+    def init(self, model: FlatModel) -> dict[str, Tensor]:
+        """``log_cholesky``, ``[D, D]``."""
+        size = sum(model.layout.sizes)
+        remedy = "Use KroneckerProximal or LowRankProximal, or adapt fewer parameters."
+        require_small(self, "the number of adapted parameters", size, remedy)
+        return {"log_cholesky": scaled_identity(self.strength, size, model.dtype, model.device)}
+
+    def for_layout(self, layout: Layout) -> MatrixProximal:
+        """The same with the order of the entries."""
+        return InNetworkOrder(self, layout) if layout.channels_innermost else self
+
+    def multiply(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
+        """L Lᵀ times every row, ``[T, D]``."""
+        lower = factor(strengths["log_cholesky"])
+        return rows @ lower @ lower.mT
+
+    def solve(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
+        """(L Lᵀ)⁻¹ times every row, ``[T, D]``."""
+        return torch.cholesky_solve(rows.mT, factor(strengths["log_cholesky"])).mT
+
+    def diagonal(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
+        """The diagonal of L Lᵀ, ``[D]``."""
+        return factor(strengths["log_cholesky"]).square().sum(dim=1)

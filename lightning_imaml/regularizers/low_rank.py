@@ -1,0 +1,77 @@
+"""A diagonal plus a matrix of low rank in place of λ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_imaml.component import require
+from lightning_imaml.layout import Layout
+from lightning_imaml.regularizers.cholesky import require_positive
+from lightning_imaml.regularizers.matrix import InNetworkOrder, MatrixProximal
+
+if TYPE_CHECKING:
+    from lightning_imaml.tasks import FlatModel
+
+# Of λ; at zero the factor would have no gradient.
+_START = 0.01
+
+
+@dataclass(frozen=True)
+class LowRankProximal(MatrixProximal):
+    r""":class:`MatrixProximal` with M = diag(d) + U Uᵀ, where U is ``[D, rank]``: linear in D, so for whole networks.
+
+    .. math:: M^{-1} v = Δ v - Δ U (I + U^⊤ Δ U)^{-1} U^⊤ Δ v, \quad Δ = \operatorname{diag}(d)^{-1}
+
+    (Woodbury). The strengths are ``log_diagonal`` ``[D]``, the logarithm of d, and ``factor`` ``[D, rank]``, which
+    starts from small random numbers, the same in every run.
+
+    Args:
+        strength: d starts as this.
+        rank: the columns of U.
+
+    Raises:
+        ValueError: ``strength`` is not a positive finite number, or ``rank`` is below 1.
+    """
+
+    strength: float = 2.0
+    rank: int = 8
+
+    def __post_init__(self) -> None:
+        require_positive(self, self.strength)
+        require(self.rank >= 1, self, "rank", "at least 1", self.rank, "For a diagonal, use Proximal(per='parameter').")
+
+    def init(self, model: FlatModel) -> dict[str, Tensor]:
+        """``log_diagonal`` and ``factor``."""
+        size = sum(model.layout.sizes)
+        diagonal = torch.full((size,), math.log(self.strength), dtype=model.dtype, device=model.device)
+        # From a seed of its own: the same on every rank and device, and the user's random state stays.
+        random = torch.randn(size, self.rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        factor = random * math.sqrt(_START * self.strength / size)
+        return {"log_diagonal": diagonal, "factor": factor.to(diagonal)}
+
+    def for_layout(self, layout: Layout) -> MatrixProximal:
+        """The same with the order of the entries."""
+        return InNetworkOrder(self, layout) if layout.channels_innermost else self
+
+    def multiply(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
+        """(diag(d) + U Uᵀ) times every row, ``[T, D]``."""
+        factor = strengths["factor"]
+        return rows * strengths["log_diagonal"].exp() + rows @ factor @ factor.mT
+
+    def solve(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
+        """(diag(d) + U Uᵀ)⁻¹ times every row, ``[T, D]``."""
+        factor, inverse = strengths["factor"], (-strengths["log_diagonal"]).exp()
+        scaled = factor * inverse.unsqueeze(1)
+        inner = torch.eye(self.rank, dtype=rows.dtype, device=rows.device) + factor.mT @ scaled
+        small = torch.cholesky_solve((rows @ scaled).mT, torch.linalg.cholesky(inner))
+        return rows * inverse - small.mT @ scaled.mT
+
+    def diagonal(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
+        """The diagonal of M, ``[D]``."""
+        return strengths["log_diagonal"].exp() + strengths["factor"].square().sum(dim=1)
