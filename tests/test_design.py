@@ -36,7 +36,8 @@ NAMES = {
     ],
     "lightning_imaml.data": [
         "EpisodicDataModule", "GlyphDataModule", "OmniglotDataModule", "MiniImageNetDataModule", "CifarFSDataModule",
-        "ImageFolderDataModule", "TasksetDataModule", "SinusoidDataModule", "LinearRegressionDataModule", "PerSample",
+        "TieredImageNetDataModule", "CUBDataModule", "ImageFolderDataModule",
+        "TasksetDataModule", "SinusoidDataModule", "LinearRegressionDataModule", "PerSample",
     ],
     "lightning_imaml.models": [
         "Conv4", "MLP", "ResNet12", "WideResNet", "SupportNorm", "use_batch_statistics", "use_support_statistics",
