@@ -32,7 +32,7 @@ NAMES = {
     "lightning_imaml.functional": ["adapt", "predict", "meta_gradient"],
     "lightning_imaml.callbacks": [
         "MetaGradientErrorMonitor", "PeakMemoryMonitor", "LearningCurve", "ResultsTable",
-        "AdaptationCurve", "EpisodeGrid",
+        "AdaptationCurve", "EpisodeGrid", "RegularizerMonitor",
     ],
     "lightning_imaml.data": [
         "EpisodicDataModule", "GlyphDataModule", "OmniglotDataModule", "MiniImageNetDataModule", "CifarFSDataModule",
