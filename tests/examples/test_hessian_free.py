@@ -38,6 +38,7 @@ def test_counts_are_those_of_the_solvers(tmp_path, capsys):
         assert 1 <= steps <= 2
         assert row["products"] == 5 * steps
         assert row["values"] >= 2 * steps  # Where a step sets out, and at least one try of its length.
+        assert 6 <= row["mean_evaluations"] <= 6 * steps
         assert (row["reached"] == 1) == (row["largest_gradient_norm"] <= descent["largest_gradient_norm"]) or steps == 2
     with (tmp_path / "counts.csv").open() as file:
         assert [row["solver"] for row in csv.DictReader(file)] == [row["solver"] for row in rows]
@@ -49,10 +50,11 @@ def test_counting_changes_nothing(curvature):
     episode = next(iter(GlyphDataModule(queries=1, tasks_per_batch=2).train_dataloader()))
     problem = hessian_free.problem_of(episode, 2.0, hessian_free.network(None, 0))
     plain = HessianFree(2, curvature=curvature).solve(problem, problem.start()).parameters
-    _, counts = hessian_free.until(problem, curvature, torch.zeros(2), most=2)
+    _, taken, counts = hessian_free.until(problem, curvature, torch.zeros(2), most=2)
     counted = HessianFree(2, curvature=hessian_free.CountingCurvature(curvature)).solve(problem, problem.start())
     assert torch.equal(counted.parameters, plain)
     assert (counts["gradients"], counts["products"]) == (2, 10)
+    assert taken.tolist() == [2, 2]
 
 
 def test_a_meta_trained_network_has_the_weights_of_its_checkpoint(tmp_path):
