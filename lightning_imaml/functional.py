@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from lightning_imaml import bad_tasks
+from lightning_imaml.attention import plain_attention
 from lightning_imaml.chunks import default_chunk_size
 from lightning_imaml.episodes import Episode, ordinary
 from lightning_imaml.inner import GradientDescent, InnerSolver
@@ -133,10 +134,11 @@ def predict(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any, *, 
     rows = flat.flatten(parameters)
     inputs = flat.cast(inputs)
     size = chunk_size or default_chunk_size(flat, inputs, rows.shape[0])
-    pieces = [
-        flat(rows[k : k + size], pytree.tree_map(lambda t, k=k: t[k : k + size], inputs))
-        for k in range(0, rows.shape[0], size)
-    ]
+    with plain_attention():
+        pieces = [
+            flat(rows[k : k + size], pytree.tree_map(lambda t, k=k: t[k : k + size], inputs))
+            for k in range(0, rows.shape[0], size)
+        ]
     return pytree.tree_map(lambda *leaves: torch.cat(leaves), *pieces)
 
 
@@ -350,7 +352,8 @@ def _check_chunk_size(chunk_size: int | None) -> None:
 def _precision(flat: FlatModel, full: bool) -> Iterator[None]:
     """Leave inference mode, which cannot differentiate, and autocast: a bf16 Hessian product is wrong by 5e-3."""
     default = torch.get_default_dtype()
-    with torch.inference_mode(False), torch.autocast(flat.device.type, enabled=False) if full else nullcontext():
+    autocast = torch.autocast(flat.device.type, enabled=False) if full else nullcontext()
+    with torch.inference_mode(False), autocast, plain_attention():
         if flat.dtype != flat.stored_dtype:  # What the network makes anew must fit, too.
             torch.set_default_dtype(flat.dtype)
         try:
