@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from lightning_imaml.attention import plain_attention
 from lightning_imaml.chunks import default_chunk_size
 from lightning_imaml.episodes import Episode, ordinary
 from lightning_imaml.inner import InnerSolver
@@ -101,7 +102,8 @@ def check_chunk_size(chunk_size: int | None) -> None:
 def precision(flat: FlatModel, full: bool) -> Iterator[None]:
     """Leave inference mode, which cannot differentiate, and autocast: a bf16 Hessian product is wrong by 5e-3."""
     default = torch.get_default_dtype()
-    with torch.inference_mode(False), torch.autocast(flat.device.type, enabled=False) if full else nullcontext():
+    autocast = torch.autocast(flat.device.type, enabled=False) if full else nullcontext()
+    with torch.inference_mode(False), autocast, plain_attention():
         if flat.dtype != flat.stored_dtype:  # What the network makes anew must fit, too.
             torch.set_default_dtype(flat.dtype)
         try:
