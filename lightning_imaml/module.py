@@ -53,8 +53,8 @@ class IMAMLModule(OuterStep):
         regularizer_lr: the learning rate of the learned strengths; None for that of the network.
         gradient_clip_val: clip the meta-gradient to this; the Trainer's own flag refuses manual optimization.
         gradient_clip_algorithm: clip by the "norm" of the whole gradient, or every entry by its "value".
-        accumulate_meta_batches: average the meta-gradients of this many batches for one step; likewise. What is left at
-            the end of an epoch makes a smaller step, as in the Trainer's own accumulation.
+        accumulate_meta_batches: average the meta-gradients over the tasks of this many batches for one step; likewise.
+            What is left at the end of an epoch makes a step of its own.
         chunk_size: the most tasks at once, which bounds memory; None chooses it from the size of a task.
         compile: run training and evaluation through ``torch.compile``, see
             :func:`lightning_imaml.functional.meta_gradient`.
