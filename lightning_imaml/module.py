@@ -305,7 +305,7 @@ class IMAMLModule(OuterStep):
         self.resume_outer_state()
         batch = Episode.of(batch)
         due = (batch_idx + 1) % self.accumulate_meta_batches == 0 or self.trainer.is_last_batch
-        # The batches of which Lightning writes a row; reading values for the others would only wait for the device.
+        # The meta-steps of which Lightning writes a row; reading values for the others would only wait for the device.
         every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
         logged = (self.trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
         before = self._predict_initial(batch) if logged else None  # Before the step changes the initialisation.
@@ -321,11 +321,17 @@ class IMAMLModule(OuterStep):
             parameters = {name: p for name, p in self.backbone.named_parameters() if p.requires_grad}
             parameters |= {f"regularizer.{name}": p for name, p in self.strengths.items()}
             self.accumulate(surrogate(result, parameters), len(result.tasks), counts, due)
-        return self._log_training(batch, result, before, counts)
+        return self._log_training(batch, result, before, counts, due)
 
-    def _log_training(self, batch: Episode, result: MetaGradient, before: Any, counts: list[int]) -> Tensor | None:
+    def _log_training(
+        self, batch: Episode, result: MetaGradient, before: Any, counts: list[int], due: bool
+    ) -> Tensor | None:
         values = training_values(result, batch.query_targets, before)
         values = self.mean_over_ranks(values, len(result.tasks), counts)
+        means, tasks = self.means_of_meta_step(values, sum(counts), due)
+        bar = ("train/outer_loss", "train/accuracy")
+        for name, value in means.items():
+            self.log(name, value, prog_bar=name in bar, batch_size=tasks)
         if not sum(counts):
             return None
         indefinite = values.get("train/indefinite")
@@ -335,9 +341,6 @@ class IMAMLModule(OuterStep):
                 f"the linear system is indefinite for {indefinite:.0%} of this batch's tasks, so the meta-gradient "
                 "is far from exact. Use Implicit(..., curvature=GaussNewton()), a stronger regulariser or damping."
             )
-        bar = ("train/outer_loss", "train/accuracy")
-        for name, value in values.items():
-            self.log(name, value, prog_bar=name in bar, batch_size=sum(counts))
         return values["train/outer_loss"]
 
     def _predict_initial(self, batch: Episode) -> Any:

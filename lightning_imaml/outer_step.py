@@ -87,6 +87,7 @@ class OuterStep(LightningModule):
     _clipped = False
     resumed_state: dict[str, Any] | None = None
     _seed = 0
+    _values: list[tuple[int, dict[str, Tensor]]]
 
     def setup(self, stage: str) -> None:
         """Refuse strategies that shard the parameters; tell weight averaging that there are no running statistics."""
@@ -171,7 +172,7 @@ class OuterStep(LightningModule):
         if self._counts_meta_steps():
             self._meta_steps()
         # What an earlier fit left in the middle of a meta-step is no part of this one.
-        self._tasks_of_step = 0
+        self._tasks_of_step, self._values = 0, []
         self.zero_grad()
         self._agree_on_the_seed()
 
@@ -234,6 +235,24 @@ class OuterStep(LightningModule):
             mine.zero_()
         total = sum_over_ranks(self.trainer, mine)
         return dict(zip(values, (total / sum(counts)).float(), strict=True))
+
+    def means_of_meta_step(self, values: dict[str, Tensor], tasks: int, due: bool) -> tuple[dict[str, Tensor], int]:
+        """What there is to log of a meta-step: the means over all its tasks, and how many these are; at its end only.
+
+        Args:
+            values: a batch's means over the tasks of all ranks.
+            tasks: how many they are.
+            due: whether the batch ends a meta-step.
+        """
+        if tasks:
+            self._values.append((tasks, values))
+        if not due:
+            return {}, 0
+        batches, self._values = self._values, []
+        total = sum(tasks for tasks, _ in batches)
+        names = batches[0][1] if batches else {}
+        sums = {name: torch.stack([tasks * values[name] for tasks, values in batches]).sum(dim=0) for name in names}
+        return {name: value / total for name, value in sums.items()}, total
 
     def accumulate(self, surrogate: Tensor, tasks: int, counts: list[int], due: bool) -> None:
         """Add a meta-gradient to ``.grad`` by a backward pass, and step if due.
