@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from lightning_imaml import bad_tasks
 from lightning_imaml.chunks import default_chunk_size
 from lightning_imaml.episodes import Episode, ordinary
+from lightning_imaml.float32 import full_float32
 from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import LinearSolution
 from lightning_imaml.meta_gradients import Estimator, Implicit
@@ -350,7 +351,11 @@ def _check_chunk_size(chunk_size: int | None) -> None:
 def _precision(flat: FlatModel, full: bool) -> Iterator[None]:
     """Leave inference mode, which cannot differentiate, and autocast: a bf16 Hessian product is wrong by 5e-3."""
     default = torch.get_default_dtype()
-    with torch.inference_mode(False), torch.autocast(flat.device.type, enabled=False) if full else nullcontext():
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        if full:
+            stack.enter_context(torch.autocast(flat.device.type, enabled=False))
+            stack.enter_context(full_float32())
         if flat.dtype != flat.stored_dtype:  # What the network makes anew must fit, too.
             torch.set_default_dtype(flat.dtype)
         try:

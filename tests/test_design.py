@@ -65,8 +65,8 @@ def test_no_file_is_long(path):
 
 # Each room may import from the rooms before it.
 ROOMS = [
-    "_version", "component", "phases", "episodes", "bad_tasks", "random_states", "regularizers", "matrix_form",
-    "compilation", "tasks", "ranks",
+    "_version", "component", "phases", "episodes", "bad_tasks", "float32", "random_states", "regularizers",
+    "matrix_form", "compilation", "tasks", "ranks",
     "chunks", "curvature", "linear", "inner", "meta_gradients", "functional", "metrics", "task_mean", "meta_steps",
     "outer_step", "checkpoints", "module", "callbacks", "data", "models", "cli",
 ]  # fmt: skip
