@@ -24,7 +24,7 @@ def full_float32() -> Iterator[None]:
 
     Afterwards every setting is as before, the older ones (``allow_tf32``, ``torch.set_float32_matmul_precision``) and
     those that took their place in PyTorch 2.9 (``fp32_precision``). PyTorch refuses to read an older one that
-    contradicts its successor, so inside they agree wherever they agreed outside.
+    contradicts its successor, so inside they agree where they all agreed outside.
     """
     operations = _settings()
     saved = [operation.fp32_precision for operation in operations]
