@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -239,4 +238,4 @@ def test_a_process_that_dies_takes_the_run_with_it_and_is_named(tmp_path):
     done = run(str(script), "1", timeout=120)
     assert done.returncode != 0
     told = done.stderr + done.stdout
-    assert "rank 0 of 2 lost another one" in told or f"terminated with code {-signal.SIGKILL}" in told, told[-3000:]
+    assert "every rank must be running for a meta-step; rank 0 of 2 lost another one" in told, told[-3000:]
