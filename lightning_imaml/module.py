@@ -127,7 +127,7 @@ class IMAMLModule(OuterStep):
         # Not ``compile``: that is nn.Module's method.
         self.compile_solves = compile
         self.solve_precision = solve_precision
-        self.on_bad_task = on_bad_task
+        self.on_bad_task: Literal["raise", "skip"] = on_bad_task
         self.strengths, self.rates = nn.ParameterDict(), nn.ParameterDict()
         for stage in ("val", "test"):
             metrics = self.configure_metrics()

@@ -6,13 +6,15 @@ Row i of a parameter matrix holds all trainable parameters of the network that t
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import functional_call
 from torch.linalg import vector_norm
 from torch.nn.modules.batchnorm import _NormBase
@@ -91,6 +93,7 @@ class FlatModel:
             adapted = [name for name in adapted if matches(name, adapt_only)]
         self.layout = Layout(tuple(adapted), tuple(tuple(trainable[name].shape) for name in adapted), compile)
         self.shared = tuple(name for name in trainable if name not in adapted)
+        self._tied = _tied_names(module)
         self.stored_dtype, self.device = next(iter(kinds))
         self.dtype = dtype or self.stored_dtype
 
@@ -148,11 +151,40 @@ class FlatModel:
             state = self.state()
 
         def call(named: dict[str, Tensor], inputs: Any) -> Any:
-            with support_rows(support):
-                outputs = functional_call(self.module, {**named, **(state or {})}, (inputs,))
+            with support_rows(support), _refuse_checkpoint(self.module):
+                found = {**named, **(state or {})}
+                found |= {other: found[name] for other, name in self._tied.items() if name in found}
+                outputs = functional_call(self.module, found, (inputs,), tie_weights=False)
             return pytree.tree_map(lambda t: t[support:], outputs) if support else outputs
 
         return over_tasks(call, self.module, self.unflatten(parameters), inputs)
+
+
+def _tied_names(module: nn.Module) -> dict[str, str]:
+    """The names of parameters that have another name already, by which :class:`FlatModel` knows them.
+
+    PyTorch ties weights by itself, but does not restore those of a layer that stands in a network twice.
+    """
+    first = {parameter: name for name, parameter in module.named_parameters()}
+    placed = (
+        (f"{prefix}.{name}" if prefix else name, parameter)
+        for prefix, layer in module.named_modules()  # Each layer once.
+        for name, parameter in layer.named_parameters(recurse=False, remove_duplicate=False)
+    )
+    return {name: first[parameter] for name, parameter in placed if name != first[parameter]}
+
+
+@contextlib.contextmanager
+def _refuse_checkpoint(module: nn.Module) -> Iterator[None]:
+    """Refuse hooks that a network sets on saved tensors: what they compute again would hold the initial weights."""
+    refusal = disable_saved_tensors_hooks(
+        f"the backbone must not use torch.utils.checkpoint, which would compute the layers of {type(module).__name__} "
+        "again with their initial weights and not with a task's. Wrap them in lightning_imaml.models.Checkpointed."
+    )
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(RuntimeError):  # There are some around all of this: those are safe.
+            stack.enter_context(refusal)
+        yield
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from lightning_imaml import IMAMLModule, cli
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
 
-FIXED = {"learned": False, "per": None, "bounds": None}
+FIXED = {"check_every": 1, "learned": False, "per": None, "bounds": None}
 SMALL = [
     "--model.backbone.init_args.filters", "4",
     "--model.inner_solver.init_args.steps", "2",

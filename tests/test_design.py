@@ -32,7 +32,7 @@ NAMES = {
     "lightning_imaml.functional": ["adapt", "predict", "meta_gradient"],
     "lightning_imaml.callbacks": [
         "MetaGradientErrorMonitor", "PeakMemoryMonitor", "LearningCurve", "ResultsTable",
-        "AdaptationCurve", "EpisodeGrid",
+        "AdaptationCurve", "EpisodeGrid", "RegularizerMonitor",
     ],
     "lightning_imaml.data": [
         "EpisodicDataModule", "GlyphDataModule", "OmniglotDataModule", "MiniImageNetDataModule", "CifarFSDataModule",
@@ -41,7 +41,7 @@ NAMES = {
     ],
     "lightning_imaml.models": [
         "Conv4", "MLP", "ResNet12", "WideResNet", "SupportNorm", "use_batch_statistics", "use_support_statistics",
-        "add_low_rank_adapters",
+        "add_low_rank_adapters", "Checkpointed",
     ],
     "lightning_imaml.checkpoints": ["AtomicCheckpointIO"],
     "lightning_imaml.metrics": [
@@ -76,7 +76,7 @@ def test_no_file_is_long(path):
 ROOMS = [
     "_version", "component", "layout", "positive", "phases", "episodes", "bad_tasks", "random_states", "regularizers",
     "matrix_form", "compilation", "over_tasks", "support_set", "tasks",
-    "chunks", "curvature", "linear", "inner", "meta_gradients", "preparation", "functional", "metrics",
+    "chunks", "curvature", "linear", "inner", "meta_gradients", "preparation", "functional", "metrics", "meta_steps",
     "outer_step", "checkpoints", "module", "callbacks", "data", "models", "cli",
 ]  # fmt: skip
 

@@ -39,6 +39,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "truncated": {"estimator": Truncated(2)},
     "implicit, learned strength": {"estimator": Implicit(ConjugateGradient(5), GaussNewton()), **LEARNED},
     "unrolled, learned strength": {"estimator": Unrolled(), **LEARNED},
+    "implicit, a strength for each weight of the head": {
+        "estimator": Implicit(ConjugateGradient(5), GaussNewton()),
+        "adapt_only": ["2.*"],
+        **LEARNED,
+        "regularizer": Proximal(0.5, learned=True, per="parameter"),
+    },
+    "unrolled, learned step sizes": {
+        "estimator": Unrolled(),
+        "inner_solver": GradientDescent(0.1, 4, learned=True, per="layer"),
+        **LEARNED,
+    },
     "accumulated and clipped": {"accumulate_meta_batches": 2, "gradient_clip_val": 0.05},
 }
 

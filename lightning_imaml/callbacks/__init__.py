@@ -7,6 +7,7 @@ from lightning_imaml.callbacks.live_tensors import LiveTensorBytes
 from lightning_imaml.callbacks.meta_gradient_error import MetaGradientErrorMonitor
 from lightning_imaml.callbacks.peak_memory import PeakMemoryMonitor
 from lightning_imaml.callbacks.reference import ExactReference, MetaGradientError
+from lightning_imaml.callbacks.regularizer_monitor import RegularizerMonitor
 from lightning_imaml.callbacks.results_table import ResultsTable
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "MetaGradientError",
     "MetaGradientErrorMonitor",
     "PeakMemoryMonitor",
+    "RegularizerMonitor",
     "ResultsTable",
 ]

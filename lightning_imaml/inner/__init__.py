@@ -1,6 +1,6 @@
 """Solvers of the inner problem."""
 
-from lightning_imaml.inner.base import InnerSolution, InnerSolver, SteppingSolver
+from lightning_imaml.inner.base import InnerSolution, InnerSolver, SteppingSolver, StepSizes
 from lightning_imaml.inner.gradient_descent import GradientDescent
 from lightning_imaml.inner.hessian_free import HessianFree
 from lightning_imaml.inner.nesterov import Nesterov
@@ -12,6 +12,7 @@ __all__ = [
     "InnerSolution",
     "InnerSolver",
     "Nesterov",
+    "StepSizes",
     "SteppingSolver",
     "TorchOptimizer",
 ]

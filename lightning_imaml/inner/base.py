@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -137,9 +138,13 @@ class StepSizes(SteppingSolver):
         """What is learned: a scalar, one number for each group, or one for each entry ``[D]``."""
         return self._placed(model).init(model)
 
+    def step_sizes(self, model: FlatModel, rates: Mapping[str, Tensor], rows: Tensor) -> Tensor | float:
+        """The step size of all entries, or one for each entry, ``[D]``, for rows like these."""
+        return self._placed(model).values(rates, rows)
+
     def descend(self, problem: InnerProblem, parameters: Tensor, gradient: Tensor) -> Tensor:
         """φ − lr ∇G: ``[T, D]``."""
-        lr = self._placed(problem.support.model).values(problem.rates, parameters)
+        lr = self.step_sizes(problem.support.model, problem.rates, parameters)
         if isinstance(lr, float):
             return torch.add(parameters, gradient, alpha=-lr)
         return parameters - lr * gradient

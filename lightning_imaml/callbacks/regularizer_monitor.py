@@ -1,0 +1,97 @@
+"""Watch the learned strengths and step sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_imaml.callbacks.interface import require_interface
+from lightning_imaml.callbacks.schedule import EveryNSteps, record
+from lightning_imaml.inner import StepSizes
+from lightning_imaml.layout import Layout
+from lightning_imaml.regularizers import MatrixProximal
+from lightning_imaml.tasks import FlatModel
+
+
+class RegularizerMonitor(Callback):
+    """Log the strengths of the regulariser and the step sizes of the inner solver, layer by layer.
+
+    Logged in a due step, before it changes them:
+
+    - ``regularizer/strength``: the mean of λ over all adapted parameters, for a matrix the mean of its diagonal; where
+      they differ, ``regularizer/strength/<layer>`` is the mean of each layer. A regulariser of your own logs the means
+      of its learned strengths, ``regularizer/<name>``.
+    - ``inner_solver/lr`` and ``inner_solver/lr/<layer>``: the same of the step sizes, where they are learned.
+    - With a logger that has histograms (TensorBoard's), a histogram of each layer whose own values differ.
+
+    Args:
+        every_n_steps: how often, in optimizer steps.
+
+    Raises:
+        ValueError: ``every_n_steps`` is below one.
+        TypeError: in ``setup``, if the module has no regulariser.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        self.every_n_steps = every_n_steps
+        self._schedule = EveryNSteps(every_n_steps)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that the module has what is logged."""
+        require_interface(self, pl_module, ("regularizer", "strengths", "inner_solver", "rates", "adapt_only"))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Log, if due."""
+        if not self._schedule.due(trainer.global_step):
+            return
+        means: dict[str, float] = {}
+        histograms: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for name, values, layout in _values(pl_module):
+                means[name] = float(values.mean())
+                if layout is None or not _differ(values):
+                    continue
+                for layer, own in _by_layer(values, layout).items():
+                    means[f"{name}/{layer}"] = float(own.mean())
+                    if _differ(own):
+                        histograms[f"{name}/{layer}"] = own
+        if not means:
+            return
+        record(trainer, means, reduce_op="mean")
+        if trainer.is_global_zero:
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            for logger in trainer.loggers:
+                add = getattr(getattr(logger, "experiment", None), "add_histogram", None)
+                if add is not None:
+                    for name, values in histograms.items():
+                        add(name, values.float().cpu(), step)
+
+
+def _values(module: Any) -> list[tuple[str, Tensor, Layout | None]]:
+    """What is to be logged, ``[D]`` with its layout, or of any shape without."""
+    flat = FlatModel(module.backbone, adapt_only=module.adapt_only)
+    row = flat.initial().unsqueeze(0)
+    found: list[tuple[str, Tensor, Layout | None]] = []
+    regularizer = module.regularizer.for_layout(flat.layout)
+    if isinstance(regularizer, MatrixProximal):
+        found.append(("regularizer/strength", regularizer.diagonal(row, module.strengths), flat.layout))
+    else:
+        found += [(f"regularizer/{name}", value, None) for name, value in module.strengths.items()]
+    if isinstance(module.inner_solver, StepSizes) and module.inner_solver.learned:
+        sizes = torch.ones_like(row[0]) * module.inner_solver.step_sizes(flat, module.rates, row)
+        found.append(("inner_solver/lr", sizes, flat.layout))
+    return found
+
+
+def _differ(values: Tensor) -> bool:
+    return bool((values != values[0]).any())
+
+
+def _by_layer(values: Tensor, layout: Layout) -> dict[str, Tensor]:
+    parts: dict[str, list[Tensor]] = {}
+    for name, part in layout.unflatten(values).items():
+        parts.setdefault(name.rpartition(".")[0] or name, []).append(part.flatten())
+    return {layer: torch.cat(own) for layer, own in parts.items()}
