@@ -77,7 +77,8 @@ class FlatModel:
                     f"the backbone's norm layers must not track running statistics in training, since every task "
                     f"would overwrite the others'; found {type(layer).__name__} {name!r}. Build it with "
                     "track_running_stats=False (batch statistics, the paper's protocol), or call "
-                    "lightning_imaml.models.use_batch_statistics(backbone)."
+                    "lightning_imaml.models.use_batch_statistics(backbone); for the inductive protocol, "
+                    "use_support_statistics(backbone)."
                 )
         self.module = module
         self.compile = compile
