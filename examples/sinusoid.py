@@ -15,16 +15,15 @@ import csv
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 
 from lightning_imaml import Episode, IMAMLModule
 from lightning_imaml.curvature import GaussNewton
+from lightning_imaml.data import SinusoidDataModule
 from lightning_imaml.functional import adapt, evaluate, predict
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.linear import ConjugateGradient
@@ -38,7 +37,6 @@ METHODS = {
     "reptile": Reptile(),
 }
 AMPLITUDES, PHASES, INPUTS = (0.1, 5.0), (0.0, math.pi), (-5.0, 5.0)
-SPLITS = ("train", "test")
 TEST_QUERIES = 100  # Points a task to judge on.
 JUDGED_STEPS = (0, 1, 5, 10)
 PICTURED = 5
@@ -46,33 +44,21 @@ PICTURED = 5
 Row = dict[str, str | int | float]
 
 
-class Sinusoids(Dataset[Episode]):
-    """Batches of sinusoid tasks; batch b is a function of (seed, split, b) alone.
-
-    Args:
-        split: "train" or "test".
-        batches: the number of batches.
-        tasks: tasks a batch.
-        shots: support points a task.
-        queries: query points a task.
-        seed: the seed of the tasks.
-    """
-
-    def __init__(self, split: str, *, batches: int, tasks: int, shots: int, queries: int, seed: int) -> None:
-        self.entropy = (seed, SPLITS.index(split))
-        self.batches, self.tasks, self.shots, self.queries = batches, tasks, shots, queries
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __getitem__(self, batch: int) -> Episode:
-        """Inputs and targets ``[T, shots, 1]`` and ``[T, queries, 1]``."""
-        random = np.random.default_rng([*self.entropy, batch])
-        amplitude = random.uniform(*AMPLITUDES, (self.tasks, 1, 1))
-        phase = random.uniform(*PHASES, (self.tasks, 1, 1))
-        points = random.uniform(*INPUTS, (self.tasks, self.shots + self.queries, 1))
-        x, y = (torch.from_numpy(values).float() for values in (points, amplitude * np.sin(points - phase)))
-        return Episode(x[:, : self.shots], y[:, : self.shots], x[:, self.shots :], y[:, self.shots :])
+def tasks(options: argparse.Namespace) -> SinusoidDataModule:
+    """Training tasks with as many query points as support points; one batch of test tasks with more."""
+    return SinusoidDataModule(
+        amplitude=AMPLITUDES,
+        phase=PHASES,
+        inputs=INPUTS,
+        shots=options.shots,
+        queries=options.shots,
+        eval_queries=TEST_QUERIES,
+        tasks_per_batch=options.tasks,
+        batches_per_epoch=options.meta_steps,
+        test_tasks=options.test_tasks,
+        eval_tasks_per_batch=options.test_tasks,
+        seed=options.seed,
+    )
 
 
 def least_unadapted_error() -> float:
@@ -122,20 +108,20 @@ def draw(model: nn.Module, episode: Episode, rows: list[Row], lr: float, strengt
     """Some test sinusoids before and after adaptation, and the test error by steps."""
     figure = Figure(figsize=(12, 6), layout="constrained")
     panels = figure.subplots(2, 3).flat
-    tasks = Episode(*(part[:PICTURED] for part in episode))
+    shown = Episode(*(part[:PICTURED] for part in episode))
     grid = torch.linspace(*INPUTS, 200)
-    inputs = grid.view(1, -1, 1).expand(tasks.tasks, -1, 1)
+    inputs = grid.view(1, -1, 1).expand(shown.tasks, -1, 1)
     curves = {
-        steps: predict(model, adapted(model, tasks, steps, lr, strength), inputs)
+        steps: predict(model, adapted(model, shown, steps, lr, strength), inputs)
         for steps in (JUDGED_STEPS[0], JUDGED_STEPS[-1])
     }
-    for task in range(tasks.tasks):
+    for task in range(shown.tasks):
         axes = next(panels)
-        order = tasks.query_inputs[task, :, 0].argsort()
-        axes.plot(tasks.query_inputs[task, order, 0], tasks.query_targets[task, order, 0], "k", alpha=0.4, label="true")
+        order = shown.query_inputs[task, :, 0].argsort()
+        axes.plot(shown.query_inputs[task, order, 0], shown.query_targets[task, order, 0], "k", alpha=0.4, label="true")
         for (steps, outputs), style in zip(curves.items(), (":", "-"), strict=True):
             axes.plot(grid, outputs[task, :, 0].detach(), style, label=f"after {steps} steps" if steps else "before")
-        axes.plot(tasks.support_inputs[task, :, 0], tasks.support_targets[task, :, 0], "k^", label="support")
+        axes.plot(shown.support_inputs[task, :, 0], shown.support_targets[task, :, 0], "k^", label="support")
         axes.set(title=f"test task {task}", ylim=(-5.5, 5.5))
     axes.legend(fontsize="small")
     axes = next(panels)
@@ -170,9 +156,8 @@ def main(args: list[str] | None = None) -> list[Row]:
     torch.manual_seed(options.seed)
     model = network()
     start = copy.deepcopy(model)
-    points = {"shots": options.shots, "seed": options.seed}
-    training = Sinusoids("train", batches=options.meta_steps, tasks=options.tasks, queries=options.shots, **points)
-    episode = Sinusoids("test", batches=1, tasks=options.test_tasks, queries=TEST_QUERIES, **points)[0]
+    data = tasks(options)
+    (episode,) = data.test_dataloader()
     module = IMAMLModule(
         model,
         loss=F.mse_loss,
@@ -187,11 +172,12 @@ def main(args: list[str] | None = None) -> list[Row]:
         accelerator="cpu",
         devices=1,
         max_epochs=1,
+        limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(training, batch_size=None))
+    trainer.fit(module, datamodule=data)
 
     rows = judge("random", start, episode, options.lr, options.strength)
     rows += judge("meta-learned", model, episode, options.lr, options.strength)

@@ -16,8 +16,10 @@ from lightning_imaml.episodes import ordinary
 from lightning_imaml.tasks import FlatModel
 
 # What a processor's caches can hold of a chunk: with more, batching saves less than the traffic with memory costs.
-# Compiled code has fewer operations whose overhead a larger chunk would share out.
-_CPU_BYTES = {False: 16 * 2**20, True: 8 * 2**20}
+_CPU_BYTES = 16 * 2**20
+# Compiled convolutions of several tasks are matrix products. Where fewer than these fit, tasks are so large that the
+# library's own convolution, of one task at a time, is faster.
+_FEWEST_COMPILED = 8
 # On other devices memory is the limit: a share of all of it, so that the choice does not depend on what else runs.
 _DEVICE_SHARE = 0.25
 # What is held at once, in units of what one forward pass keeps: for a Hessian product, for each inner step that is
@@ -46,7 +48,9 @@ def default_chunk_size(
         need = max((_PRODUCT + _STEP * differentiated_steps) * work, query)
         most = int(total * _DEVICE_SHARE) // max(1, need)
     elif model.device.type == "cpu":
-        most = _CPU_BYTES[model.compile] // max(1, work)
+        most = _CPU_BYTES // max(1, work)
+        if model.compile and most < _FEWEST_COMPILED:
+            most = 1
     else:
         most = tasks
     return even(tasks, most)

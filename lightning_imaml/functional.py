@@ -21,6 +21,7 @@ from lightning_imaml.meta_gradients.base import Estimate
 from lightning_imaml.phases import INNER_LOOP, phase
 from lightning_imaml.preparation import check_chunk_size, classes_of, precision, prepare
 from lightning_imaml.regularizers import Proximal, Regularizer
+from lightning_imaml.support_set import joined
 from lightning_imaml.tasks import FlatModel, LossFunction, TaskLoss
 
 DEFAULT_INNER_SOLVER = GradientDescent(lr=0.1, steps=16)
@@ -134,25 +135,37 @@ def adapt(
     return Adapted(parameters, torch.cat([s.steps for s in solutions]), residual, residual <= inner_solver.tol)
 
 
-def predict(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any, *, chunk_size: int | None = None) -> Any:
+def predict(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    inputs: Any,
+    *,
+    support_inputs: Any = None,
+    chunk_size: int | None = None,
+) -> Any:
     """Outputs of T adapted networks.
 
     Args:
         model: the network that was adapted.
         parameters: ``Adapted.parameters``, name → ``[T, ...]``.
         inputs: ``[T, n, ...]``.
+        support_inputs: the inputs that the parameters were adapted to, ``[T, s, ...]``. A network that normalises by
+            their statistics needs them (:class:`lightning_imaml.models.SupportNorm`), others do not look at them.
         chunk_size: the most tasks at once; None chooses it from the size of a task.
 
     Returns:
         ``[T, n, ...]``, computed in the dtype of ``parameters``.
+
+    Raises:
+        ValueError: the network needs the support inputs, and they are lacking or do not fit.
     """
     check_chunk_size(chunk_size)
     flat = _of_adapted(model, parameters)
     rows = flat.flatten(parameters)
-    inputs = flat.cast(inputs)
+    inputs, support = joined(model, flat.cast(support_inputs), flat.cast(inputs))
     size = chunk_size or default_chunk_size(flat, inputs, rows.shape[0])
     pieces = [
-        flat(rows[k : k + size], pytree.tree_map(lambda t, k=k: t[k : k + size], inputs))
+        flat(rows[k : k + size], pytree.tree_map(lambda t, k=k: t[k : k + size], inputs), support=support)
         for k in range(0, rows.shape[0], size)
     ]
     return pytree.tree_map(lambda *leaves: torch.cat(leaves), *pieces)
@@ -165,6 +178,7 @@ def evaluate(
     targets: Any,
     *,
     loss: LossFunction = F.cross_entropy,
+    support_inputs: Any = None,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Any]:
     """Losses and outputs of T adapted networks, without gradients.
@@ -175,16 +189,17 @@ def evaluate(
         inputs: ``[T, n, ...]``.
         targets: ``[T, n]`` or ``[T, n, ...]``.
         loss: ``loss(outputs, targets) -> scalar`` for one task.
+        support_inputs: as for :func:`predict`.
         chunk_size: the most tasks at once; None chooses it from the size of a task.
 
     Returns:
         The losses ``[T]`` and the outputs ``[T, n, ...]``.
 
     Raises:
-        ValueError: the targets do not fit the outputs.
+        ValueError: the targets do not fit the outputs, or as for :func:`predict`.
     """
     with torch.no_grad():
-        outputs = predict(model, parameters, inputs, chunk_size=chunk_size)
+        outputs = predict(model, parameters, inputs, support_inputs=support_inputs, chunk_size=chunk_size)
         flat = _of_adapted(model, parameters)
         targets = flat.cast(targets)
         task_loss = TaskLoss(flat, loss, inputs, targets, classes_of("targets", targets, loss))

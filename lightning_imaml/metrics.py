@@ -29,12 +29,16 @@ def is_classification(outputs: Any, targets: Any) -> bool:
     )
 
 
-class EpisodicMean(Metric):
-    """The base of metrics that are a mean over tasks; a subclass gives the value of each task.
+class TaskMean(Metric):
+    """The mean over all tasks of one number a task, or its 95 % interval.
 
     Every task counts the same, whatever its number of queries and the process that saw it. Mean and deviation are
     joined over batches and processes by the update of `Chan, Golub and LeVeque (1983)
-    <https://doi.org/10.1080/00031305.1983.10483115>`_, which loses no digits where the mean is large.
+    <https://doi.org/10.1080/00031305.1983.10483115>`_, which loses no digits where the mean is large. A task whose
+    number is NaN makes both NaN.
+
+    ``LightningModule.log(..., sync_dist=True)`` is off where processes have different numbers of tasks: Lightning 2.6
+    averages the counts over processes as whole numbers.
 
     Args:
         interval95: compute half the width of the mean's 95 % interval instead of the mean: 1.96 s/√T, with s the
@@ -58,18 +62,9 @@ class EpisodicMean(Metric):
         # batch, as accuracy and F1 score are where all is right. This state tells all but copies apart.
         self.add_state("instance", torch.tensor(float(next(_instances))), dist_reduce_fx="max")
 
-    @abstractmethod
-    def of_tasks(self, outputs: Any, targets: Any) -> Tensor:
-        """The value of each task, ``[T]``, from outputs ``[T, n, ...]`` and targets ``[T, n, ...]``."""
-
-    def update(self, outputs: Any, targets: Any) -> None:
-        """Add tasks.
-
-        Args:
-            outputs: ``[T, n, ...]``; logits ``[T, n, ways]`` for classification.
-            targets: ``[T, n, ...]``; class indices ``[T, n]`` for classification.
-        """
-        values = self.of_tasks(outputs, targets).detach().float()
+    def update(self, values: Tensor) -> None:
+        """Add tasks by their numbers, ``[T]``."""
+        values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
         mean = values.mean()
         tasks = torch.stack([self.tasks, torch.full_like(self.tasks, values.numel())])
         # Not in place: processes that were spawned with this metric share its first tensors.
@@ -91,6 +86,28 @@ def _joined(tasks: Tensor, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Ten
     total = tasks.sum()
     joint = (tasks * mean).sum() / total.clamp(min=1)
     return total, joint, deviation.sum() + (tasks * (mean - joint).square()).sum()
+
+
+class EpisodicMean(TaskMean):
+    """The base of metrics that are a mean over tasks; a subclass gives the value of each task.
+
+    Args:
+        interval95: compute half the width of the mean's 95 % interval instead, see :class:`TaskMean`.
+        **kwargs: those of ``torchmetrics.Metric``.
+    """
+
+    @abstractmethod
+    def of_tasks(self, outputs: Any, targets: Any) -> Tensor:
+        """The value of each task, ``[T]``, from outputs ``[T, n, ...]`` and targets ``[T, n, ...]``."""
+
+    def update(self, outputs: Any, targets: Any) -> None:  # type: ignore[override]
+        """Add tasks.
+
+        Args:
+            outputs: ``[T, n, ...]``; logits ``[T, n, ways]`` for classification.
+            targets: ``[T, n, ...]``; class indices ``[T, n]`` for classification.
+        """
+        super().update(self.of_tasks(outputs, targets))
 
 
 class EpisodicAccuracy(EpisodicMean):

@@ -21,11 +21,10 @@ from lightning_imaml.functional import Adapted, MetaGradient
 from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.meta_gradients import Estimator, Implicit
-from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, is_classification
+from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, TaskMean, is_classification
 from lightning_imaml.outer_step import OuterStep, parameter_groups, surrogate, training_values
 from lightning_imaml.phases import META_STEP, phase
 from lightning_imaml.regularizers import Proximal, Regularizer
-from lightning_imaml.task_mean import TaskMean
 from lightning_imaml.tasks import FlatModel
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -128,7 +127,7 @@ class IMAMLModule(OuterStep):
         # Not ``compile``: that is nn.Module's method.
         self.compile_solves = compile
         self.solve_precision = solve_precision
-        self.on_bad_task = on_bad_task
+        self.on_bad_task: Literal["raise", "skip"] = on_bad_task
         self.strengths, self.rates = nn.ParameterDict(), nn.ParameterDict()
         for stage in ("val", "test"):
             metrics = self.configure_metrics()
@@ -345,11 +344,17 @@ class IMAMLModule(OuterStep):
     def _predict_initial(self, batch: Episode) -> Any:
         """The unadapted network on every task's query set, ``[T, n, ...]``."""
         flat = FlatModel(self.backbone, adapt_only=self.adapt_only)
-        rows = flat.unflatten(flat.initial().expand(batch.tasks, -1))
-        with torch.no_grad():
-            return functional.predict(self.backbone, rows, batch.query_inputs, chunk_size=self.chunk_size)
+        return self._predict(flat.unflatten(flat.initial().expand(batch.tasks, -1)), batch)
 
-    # Evaluation
+    def _predict(self, parameters: dict[str, Tensor], batch: Episode) -> Any:
+        with torch.no_grad():
+            return functional.predict(
+                self.backbone,
+                parameters,
+                batch.query_inputs,
+                support_inputs=batch.support_inputs,
+                chunk_size=self.chunk_size,
+            )
 
     def validation_step(self, batch: Episode, batch_idx: int) -> None:
         """Adapt to the support sets, then judge on the query sets."""
@@ -362,9 +367,7 @@ class IMAMLModule(OuterStep):
     def predict_step(self, batch: Episode, batch_idx: int) -> Any:
         """Adapt to the support sets, then predict the query sets: ``[T, n, ...]``."""
         batch = Episode.of(batch)
-        adapted = self.adapt(batch.support_inputs, batch.support_targets)
-        with torch.no_grad():
-            return functional.predict(self.backbone, adapted.parameters, batch.query_inputs, chunk_size=self.chunk_size)
+        return self._predict(self.adapt(batch.support_inputs, batch.support_targets).parameters, batch)
 
     def _evaluate(self, batch: Episode, stage: str) -> None:
         batch = Episode.of(batch)
@@ -375,6 +378,7 @@ class IMAMLModule(OuterStep):
             batch.query_inputs,
             batch.query_targets,
             loss=self._loss("outer_loss"),
+            support_inputs=batch.support_inputs,
             chunk_size=self.chunk_size,
         )
         for name, values in (("loss", loss), ("inner_residual", adapted.residual)):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -17,6 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
 
 from lightning_imaml.functional import MetaGradient
+from lightning_imaml.meta_steps import MetaSteps, begin_next_epoch
 from lightning_imaml.metrics import is_classification
 from lightning_imaml.random_states import random_states, set_random_states
 
@@ -88,12 +90,14 @@ class OuterStep(LightningModule):
         gradient_clip_algorithm: by its "norm", or every entry by its "value".
         accumulate_meta_batches: batches for one step.
         lr_scheduler_monitor: the logged quantity that ReduceLROnPlateau watches.
+        on_bad_task: "skip" may leave a meta-step without tasks, which is not taken then.
     """
 
     gradient_clip_val: float | None
     gradient_clip_algorithm: str
     accumulate_meta_batches: int
     lr_scheduler_monitor: str | None
+    on_bad_task: Literal["raise", "skip"]
     _tasks_of_step = 0
     _empty_steps = 0
     _clipped = False
@@ -173,26 +177,21 @@ class OuterStep(LightningModule):
                 f"every rank must have the same number of training batches; found {counts}. Leave the sampler to the "
                 "Trainer (use_distributed_sampler=True), or set limit_train_batches."
             )
-
-        self._count_meta_steps()  # The Trainer leaves on_train_epoch_start out where it resumes in mid-epoch.
-
-    def on_train_epoch_start(self) -> None:
-        """Let a whole ``val_check_interval`` count meta-steps, where the Trainer counts batches."""
-        self._count_meta_steps()
-
-    def _count_meta_steps(self) -> None:
-        trainer = self.trainer
-        interval, accumulated = trainer.val_check_interval, self.accumulate_meta_batches
-        if accumulated == 1 or not isinstance(interval, int):
-            return
-        batches = interval * accumulated
-        if trainer.check_val_every_n_epoch is not None and batches > trainer.num_training_batches:
-            raise ValueError(
-                f"val_check_interval must be at most the meta-steps of an epoch; found {interval} meta-steps of "
-                f"{accumulated} batches, and {trainer.num_training_batches} batches an epoch. Lower it, or set "
-                "check_val_every_n_epoch=None to count across epochs."
+        begin_next_epoch(self.trainer)
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self._counts_meta_steps() and not any(isinstance(callback, MetaSteps) for callback in callbacks):
+            raise RuntimeError(
+                f"{type(self).__name__}.configure_callbacks must return what super().configure_callbacks() does, too; "
+                "found that it leaves out the callback that lets the Trainer count meta-steps. Add it to the list."
             )
-        trainer.val_check_batch = batches
+
+    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+        """Let the Trainer count meta-steps in training, where a batch need not be one."""
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        return [MetaSteps(self.accumulate_meta_batches)] if fitting and self._counts_meta_steps() else []
+
+    def _counts_meta_steps(self) -> bool:
+        return self.accumulate_meta_batches > 1 or self.on_bad_task == "skip"
 
     def agree(self, tasks: int, error: FloatingPointError | None) -> list[int]:
         """Tell the other ranks how many tasks this one has for the meta-gradient, and hear how many they have.

@@ -15,6 +15,7 @@ from lightning_imaml.chunks import default_chunk_size
 from lightning_imaml.episodes import Episode, ordinary
 from lightning_imaml.inner import InnerSolver
 from lightning_imaml.regularizers import Regularizer
+from lightning_imaml.support_set import joined
 from lightning_imaml.tasks import FlatModel, InnerProblem, LossFunction, TaskLoss
 
 
@@ -59,13 +60,16 @@ def prepare(
         values = regularizer.init(flat) if strengths is None else flat.cast(dict(strengths))
         step_sizes = inner_solver.rates(flat) if rates is None else flat.cast(dict(rates))
         initial, state = flat.initial(), flat.state() if flat.shared else None
+        query_inputs, support_rows = joined(model, episode.support_inputs, episode.query_inputs)
         size = chunk_size or default_chunk_size(
-            flat, episode.support_inputs, episode.tasks, episode.query_inputs, differentiated_steps
+            flat, episode.support_inputs, episode.tasks, query_inputs, differentiated_steps
         )
-        for part in episode.split(size):
+        for part in episode._replace(query_inputs=query_inputs).split(size):
             tasks = Episode(*flat.cast(ordinary(tuple(part))))
             support = TaskLoss(flat, loss, tasks.support_inputs, tasks.support_targets, support_classes, state)
-            query = TaskLoss(flat, outer_loss, tasks.query_inputs, tasks.query_targets, query_classes, state)
+            query = TaskLoss(
+                flat, outer_loss, tasks.query_inputs, tasks.query_targets, query_classes, state, support_rows
+            )
             yield InnerProblem(support, regularizer, initial, values, step_sizes), query
 
     return flat, chunks

@@ -7,24 +7,24 @@ Row i of a parameter matrix holds all trainable parameters of the network that t
 from __future__ import annotations
 
 import contextlib
-import warnings
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.func import functional_call
 from torch.linalg import vector_norm
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from lightning_imaml import compilation
 from lightning_imaml.layout import Layout, matches, require_matches
-from lightning_imaml.random_states import random_states, set_random_states
+from lightning_imaml.over_tasks import over_tasks
 from lightning_imaml.regularizers.base import Regularizer
+from lightning_imaml.support_set import support_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -129,13 +129,17 @@ class FlatModel:
         """What a function of the network may depend on besides tensors."""
         return weakref.ref(self.module), tuple(m.training for m in self.module.modules()), self.layout, self.shared
 
-    def __call__(self, parameters: Tensor, inputs: Any, state: Mapping[str, Tensor] | None = None) -> Any:
+    def __call__(
+        self, parameters: Tensor, inputs: Any, state: Mapping[str, Tensor] | None = None, support: int = 0
+    ) -> Any:
         """Outputs of every task's own network.
 
         Args:
             parameters: ``[T, D]``.
-            inputs: ``[T, n, ...]``.
+            inputs: ``[T, n, ...]``, or from :func:`support_set.joined`.
             state: stands in for :meth:`state`.
+            support: how many of the first samples are the support set of the others, and have no outputs here; with 0,
+                all of them are and have.
 
         Returns:
             ``[T, n, ...]``.
@@ -145,9 +149,24 @@ class FlatModel:
             state = self.state()
 
         def call(named: dict[str, Tensor], inputs: Any) -> Any:
-            return functional_call(self.module, {**named, **(state or {})}, (inputs,))
+            with support_rows(support), _refuse_checkpoint(self.module):
+                outputs = functional_call(self.module, {**named, **(state or {})}, (inputs,))
+            return pytree.tree_map(lambda t: t[support:], outputs) if support else outputs
 
         return over_tasks(call, self.module, self.unflatten(parameters), inputs)
+
+
+@contextlib.contextmanager
+def _refuse_checkpoint(module: nn.Module) -> Iterator[None]:
+    """Refuse hooks that a network sets on saved tensors: what they compute again would hold the initial weights."""
+    refusal = disable_saved_tensors_hooks(
+        f"the backbone must not use torch.utils.checkpoint, which would compute the layers of {type(module).__name__} "
+        "again with their initial weights and not with a task's. Wrap them in lightning_imaml.models.Checkpointed."
+    )
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(RuntimeError):  # There are some around all of this: those are safe.
+            stack.enter_context(refusal)
+        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,10 +176,11 @@ class TaskLoss:
     Attributes:
         model: the network.
         loss: ``loss(outputs, targets) -> scalar`` for one task.
-        inputs: ``[T, n, ...]``.
+        inputs: ``[T, n, ...]``, or from :func:`support_set.joined`.
         targets: ``[T, n, ...]``.
         classes: the number of outputs that the targets need, where the loss takes class indices.
         state: stands in for the network's shared and frozen parameters and its buffers.
+        support_rows: how many of the first inputs are the support set of the others.
     """
 
     model: FlatModel
@@ -169,6 +189,7 @@ class TaskLoss:
     targets: Any
     classes: int | None = None
     state: Mapping[str, Tensor] | None = None
+    support_rows: int = 0
 
     @property
     def compile(self) -> bool:
@@ -203,11 +224,11 @@ class TaskLoss:
 
     def signature(self) -> Hashable:
         """What else the loss depends on."""
-        return self.model.signature(), self.loss, self.classes
+        return self.model.signature(), self.loss, self.classes, self.support_rows
 
     def outputs(self, parameters: Tensor) -> Any:
         """The network's outputs ``[T, n, ...]`` at ``[T, D]`` parameters."""
-        return self.check(self.model(parameters, self.inputs, self.state))
+        return self.check(self.model(parameters, self.inputs, self.state, self.support_rows))
 
     def check(self, outputs: Any) -> Any:
         """The outputs themselves, if they have one entry for each class that the targets name."""
@@ -328,68 +349,3 @@ def _gradient(problem: InnerProblem, parameters: Tensor) -> Tensor:
         # Tasks do not share rows, so the gradient of the sum holds each task's own gradient.
         (gradient,) = torch.autograd.grad(problem.support.value(point).sum(), point, create_graph=create_graph)
     return gradient + problem.regularizer.gradient(parameters, problem.initial, problem.strengths)
-
-
-_batched: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-"""Whether functions of an owner could be batched when they last ran."""
-
-
-def over_tasks(function: Callable[..., Any], owner: Any, *trees: Any) -> Any:
-    """Apply a function of one task to all tasks: at once where it can be batched, else one after the other.
-
-    Args:
-        function: takes the trees without their first dimension.
-        owner: what the function belongs to; it is remembered if it cannot be batched.
-        trees: pytrees of tensors ``[T, ...]``.
-
-    Returns:
-        The stacked results, ``[T, ...]``.
-    """
-    first = pytree.tree_leaves(trees)[0]
-    known = _remembered(owner)
-    if first.shape[0] == 1 or known is False:  # One task needs no batching rules.
-        return _in_turn(function, first.shape[0], trees)
-    if get_proxy_mode() is not None:  # What the recording for the compiler cannot do says nothing of plain PyTorch.
-        return vmap(function, randomness="different")(*trees)
-    # Not of a known one: on a GPU, it would wait for the device in every step.
-    random = None if known else random_states(first.device)
-    try:
-        results = vmap(function, randomness="different")(*trees)
-    except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(f"{error} Lower chunk_size, so that fewer tasks go at once.") from error
-    except Exception as error:
-        if random is not None:  # As a process would go on that knows already.
-            set_random_states(random, first.device)
-        results = _in_turn(function, first.shape[0], trees)  # Raises by itself what is wrong with the function.
-        _remember(owner, False)
-        warnings.warn(
-            f"{getattr(owner, '__name__', type(owner).__name__)} must consist of operations that torch.func.vmap can "
-            f"batch; found {compilation.first_line(error)}. Going on one task at a time, which is slower.",
-            stacklevel=2,
-        )
-    else:
-        if known is None:
-            _remember(owner, True)
-    return results
-
-
-def _remembered(owner: Any) -> bool | None:
-    with contextlib.suppress(TypeError):  # Neither hashable nor weakly referenced is no error, only forgotten.
-        return _batched.get(owner)
-    return None
-
-
-def _remember(owner: Any, batched: bool) -> None:
-    with contextlib.suppress(TypeError):
-        _batched[owner] = batched
-
-
-def _in_turn(function: Callable[..., Any], tasks: int, trees: tuple[Any, ...]) -> Any:
-    if tasks == 1:  # Without the copies.
-        return pytree.tree_map(lambda t: t.unsqueeze(0), function(*pytree.tree_map(lambda t: t.squeeze(0), trees)))
-    leaves, structure = pytree.tree_flatten(trees)
-    results = [
-        function(*pytree.tree_unflatten(task, structure))
-        for task in zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
-    ]
-    return pytree.tree_map(lambda *parts: torch.stack(parts), *results)

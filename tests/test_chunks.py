@@ -42,13 +42,23 @@ def test_small_tasks_go_together_and_large_ones_apart(monkeypatch):
     flat = FlatModel(Conv4(5))
     one_shot, many = torch.rand(16, 5, 1, 28, 28), torch.rand(16, 100, 1, 28, 28)
     assert chunks.default_chunk_size(flat, one_shot, 16) > chunks.default_chunk_size(flat, many, 16) == 1
-    monkeypatch.setitem(chunks._CPU_BYTES, False, 10**10)
+    monkeypatch.setattr(chunks, "_CPU_BYTES", 10**10)
     assert chunks.default_chunk_size(flat, many, 16) == 16
+
+
+def test_compiled_tasks_go_in_large_chunks_or_alone(monkeypatch):
+    flat, images = FlatModel(Conv4(5), compile=True), torch.rand(64, 5, 1, 28, 28)
+    work = chunks._bytes_of_a_task(flat, images)
+    for fitting, size in ((32, 32), (8, 8), (7, 1), (0, 1)):
+        monkeypatch.setattr(chunks, "_CPU_BYTES", fitting * work)
+        assert chunks.default_chunk_size(flat, images, 64) == size
+    monkeypatch.setattr(chunks, "_CPU_BYTES", 32 * work)
+    assert chunks.default_chunk_size(flat, images[:4], 4) == 4  # All there are.
 
 
 def test_the_default_gives_what_every_chunk_size_gives(monkeypatch, tanh_net):
     work = chunks._bytes_of_a_task(FlatModel(tanh_net), torch.rand(1, 6, 3).double())
-    monkeypatch.setitem(chunks._CPU_BYTES, False, 3 * work)
+    monkeypatch.setattr(chunks, "_CPU_BYTES", 3 * work)
     seen = []
     monkeypatch.setattr(chunks, "even", lambda tasks, most: seen.append((tasks, most)) or min(tasks, most))
     by_default = meta_gradient(tanh_net, regression_episode(), loss=F.mse_loss)

@@ -36,10 +36,12 @@ NAMES = {
     ],
     "lightning_imaml.data": [
         "EpisodicDataModule", "GlyphDataModule", "OmniglotDataModule", "MiniImageNetDataModule", "CifarFSDataModule",
-        "ImageFolderDataModule", "TasksetDataModule", "SinusoidDataModule", "LinearRegressionDataModule", "PerSample",
+        "TieredImageNetDataModule", "CUBDataModule", "ImageFolderDataModule",
+        "TasksetDataModule", "SinusoidDataModule", "LinearRegressionDataModule", "PerSample",
     ],
     "lightning_imaml.models": [
-        "Conv4", "MLP", "ResNet12", "WideResNet", "use_batch_statistics", "add_low_rank_adapters",
+        "Conv4", "MLP", "ResNet12", "WideResNet", "SupportNorm", "use_batch_statistics", "use_support_statistics",
+        "add_low_rank_adapters", "Checkpointed",
     ],
     "lightning_imaml.checkpoints": ["AtomicCheckpointIO"],
     "lightning_imaml.metrics": [
@@ -73,8 +75,8 @@ def test_no_file_is_long(path):
 # Each room may import from the rooms before it.
 ROOMS = [
     "_version", "component", "layout", "positive", "phases", "episodes", "bad_tasks", "random_states", "regularizers",
-    "matrix_form", "compilation", "tasks",
-    "chunks", "curvature", "linear", "inner", "meta_gradients", "preparation", "functional", "metrics", "task_mean",
+    "matrix_form", "compilation", "over_tasks", "support_set", "tasks",
+    "chunks", "curvature", "linear", "inner", "meta_gradients", "preparation", "functional", "metrics", "meta_steps",
     "outer_step", "checkpoints", "module", "callbacks", "data", "models", "cli",
 ]  # fmt: skip
 

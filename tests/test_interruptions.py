@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings(
 STEPS = 13
 
 
-def module(dropout: float = 0.0, **settings) -> IMAMLModule:
+def module(dropout: float = 0.0, kind: type[IMAMLModule] = IMAMLModule, **settings) -> IMAMLModule:
     seed_everything(0, verbose=False)
     network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(dropout), nn.Linear(4, 2))
     schedule = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=3, gamma=0.5)
@@ -41,7 +41,7 @@ def module(dropout: float = 0.0, **settings) -> IMAMLModule:
         "inner_solver": GradientDescent(0.1, 2), "regularizer": Proximal(0.5, learned=True),
         "optimizer": functools.partial(torch.optim.Adam, lr=0.01), "lr_scheduler": schedule,
     }  # fmt: skip
-    return IMAMLModule(network, **defaults | settings)
+    return kind(network, **defaults | settings)
 
 
 def data(**settings) -> EpisodicDataModule:
@@ -177,6 +177,45 @@ def test_sigterm_saves_and_the_resumed_run_ends_the_same(tmp_path, batch, accumu
     torch.testing.assert_close(weights(second), weights(expected), rtol=0, atol=0)
 
 
+class Seen(Callback):
+    def __init__(self):
+        self.batches = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append((trainer.current_epoch, batch_idx))
+
+
+class ByEpoch(IMAMLModule):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"limit_val_batches": 0}, {"val_check_interval": 2}], ids=str)
+@pytest.mark.parametrize("saved", ["at the end of the epoch", "after the fit"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("epochs", [True, False], ids=["max_epochs", "max_steps"])
+def test_a_resume_between_epochs_begins_the_next_one(tmp_path, epochs, accumulate, saved, settings):
+    """With the batches that its meta-steps have without an interruption, and the same steps of schedules by epoch."""
+    steps = 5 if accumulate == 1 else 3
+
+    def until(count: int, *callbacks: Callback) -> Trainer:
+        limit = {"max_epochs": count, "max_steps": -1} if epochs else {"max_steps": count * steps}
+        return trainer(tmp_path, *callbacks, **limit, **settings)
+
+    expected, first, second = (module(accumulate_meta_batches=accumulate, kind=ByEpoch) for _ in range(3))
+    whole, rest = Seen(), Seen()
+    until(3, whole).fit(expected, datamodule=data())
+    saver = ModelCheckpoint(tmp_path, filename="stop", every_n_epochs=1, save_on_train_epoch_end=True)
+    part = until(1, *[saver] * (saved == "at the end of the epoch"))
+    part.fit(first, datamodule=data())
+    if saved == "after the fit":
+        part.save_checkpoint(tmp_path / "stop.ckpt")
+    until(3, rest).fit(second, datamodule=data(), ckpt_path=tmp_path / "stop.ckpt")
+    assert rest.batches == whole.batches[5:]
+    torch.testing.assert_close(weights(second), weights(expected), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("stop", [2, 5, 7])
 def test_dropout_goes_on_with_the_masks_of_an_uninterrupted_run(tmp_path, stop):
     expected, first, second = (module(dropout=0.5) for _ in range(3))
@@ -191,20 +230,36 @@ def test_dropout_goes_on_with_the_masks_of_an_uninterrupted_run(tmp_path, stop):
     torch.testing.assert_close(weights(second), weights(expected), rtol=0, atol=0)
 
 
-def test_validation_by_meta_steps_goes_on_after_a_resume(tmp_path):
-    at = []
+class Validated(Callback):
+    def __init__(self):
+        self.at = []
 
-    class Validated(Callback):
-        def on_validation_start(self, trainer, pl_module):
-            at.append(trainer.global_step)
+    def on_validation_start(self, trainer, pl_module):
+        self.at.append(trainer.global_step)
 
-    settings = {"val_check_interval": 2, "check_val_every_n_epoch": None}
-    part = trainer(tmp_path, max_steps=3, **settings)
-    part.fit(module(accumulate_meta_batches=2), datamodule=data(batches_per_epoch=40))
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"val_check_interval": 2, "check_val_every_n_epoch": None},
+        {"val_check_interval": 5, "check_val_every_n_epoch": None},
+        {"val_check_interval": 2},
+        {"val_check_interval": 0.4},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+def test_validation_by_meta_steps_goes_on_after_a_resume(tmp_path, settings, stop):
+    """Epochs of five batches, which are two meta-steps of two and one of the last."""
+    whole, first, second = Validated(), Validated(), Validated()
+    trainer(tmp_path, whole, max_steps=8, **settings).fit(module(accumulate_meta_batches=2), datamodule=data())
+    part = trainer(tmp_path, first, max_steps=stop, **settings)
+    part.fit(module(accumulate_meta_batches=2), datamodule=data())
     part.save_checkpoint(tmp_path / "stop.ckpt")
-    rest = trainer(tmp_path, Validated(), max_steps=8, **settings)
-    rest.fit(module(accumulate_meta_batches=2), datamodule=data(batches_per_epoch=40), ckpt_path=tmp_path / "stop.ckpt")
-    assert at == [4, 6, 8]
+    rest = trainer(tmp_path, second, max_steps=8, **settings)
+    rest.fit(module(accumulate_meta_batches=2), datamodule=data(), ckpt_path=tmp_path / "stop.ckpt")
+    assert len(whole.at) > 0
+    assert first.at + second.at == whole.at
 
 
 class FullDisk(Callback):

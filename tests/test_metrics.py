@@ -16,8 +16,22 @@ from lightning_imaml.metrics import (
     EpisodicInterval95,
     EpisodicLoss,
     EpisodicMetric,
+    TaskMean,
     with_intervals,
 )
+
+
+def test_the_mean_of_numbers_keeps_the_digits_of_float64_and_tells_nan():
+    numbers = [torch.tensor([1e8 + k / 7, 1e8 - k / 3], dtype=torch.float64) for k in range(3)]
+    mean, interval = TaskMean(), TaskMean(interval95=True)
+    for pair in numbers:
+        mean.update(pair)
+        interval.update(pair)
+    joined = torch.cat(numbers).numpy()
+    assert mean.compute().item() == pytest.approx(joined.mean(), rel=1e-15)
+    assert interval.compute().item() == pytest.approx(1.96 * joined.std(ddof=1) / np.sqrt(6), rel=1e-6)
+    mean.update(torch.tensor([torch.nan]))
+    assert mean.compute().isnan()
 
 
 def test_mean_and_interval_are_those_of_numpy_over_tasks():

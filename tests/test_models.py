@@ -20,6 +20,7 @@ from lightning_imaml.meta_gradients import Implicit
 from lightning_imaml.models import MLP, Conv4, ResNet12, WideResNet, norm_layer
 from lightning_imaml.models.norm import NORMS
 from lightning_imaml.regularizers import Proximal
+from lightning_imaml.support_set import support_rows
 
 WAYS = 3
 # Small enough for a test, with every kind of layer: the builder, and the size of its images.
@@ -79,7 +80,7 @@ def test_all_tasks_at_once_are_each_task_alone(name, norm):
         inner_solver=GradientDescent(lr, steps),
         regularizer=Proximal(strength),
     )
-    outputs = predict(model, adapted.parameters, episode.query_inputs)
+    outputs = predict(model, adapted.parameters, episode.query_inputs, support_inputs=episode.support_inputs)
     initial = {key: p.detach() for key, p in model.named_parameters()}
     for task in range(2):
         mine = {key: p.clone().requires_grad_() for key, p in initial.items()}
@@ -93,7 +94,10 @@ def test_all_tasks_at_once_are_each_task_alone(name, norm):
             }
         for key, p in mine.items():
             torch.testing.assert_close(adapted.parameters[key][task], p.detach(), rtol=1e-8, atol=1e-10)
-        alone = functional_call(model, mine, (episode.query_inputs[task],))
+        count = 2 * WAYS if norm == "support" else 0
+        rows = torch.cat([episode.support_inputs[task][:count], episode.query_inputs[task]])
+        with support_rows(count):
+            alone = functional_call(model, mine, (rows,))[count:]
         torch.testing.assert_close(outputs[task], alone, rtol=1e-7, atol=1e-9)
     result = meta_gradient(
         model,
@@ -113,7 +117,9 @@ def test_the_protocol_says_whether_queries_depend_on_each_other(name, norm):
     torch.manual_seed(0)
     model = build(norm).double()
     images = torch.rand(6, 2, size, size, dtype=torch.float64)
-    together, alone = model(images)[:4], model(images[:4])
+    support = torch.rand(1, 3, 2, size, size, dtype=torch.float64)
+    rows = {key: p.detach()[None] for key, p in model.named_parameters()}
+    together, alone = (predict(model, rows, images[None, :k], support_inputs=support)[0, :4] for k in (6, 4))
     depends = not torch.allclose(together, alone, rtol=1e-9, atol=1e-12)
     assert depends == (norm == "batch")
 
@@ -122,7 +128,8 @@ def test_the_protocol_says_whether_queries_depend_on_each_other(name, norm):
         inner_solver = GradientDescent(0.1, 3)
 
     words = str(Protocol.of(Module, class_episode(ways=WAYS)))
-    assert words.endswith("batch statistics (transductive)" if depends else "3 inner steps, inductive")
+    inductive = "support statistics (inductive)" if norm == "support" else "3 inner steps, inductive"
+    assert words.endswith("batch statistics (transductive)" if depends else inductive)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import class_episode
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
@@ -161,6 +162,17 @@ class CountValidations(IMAMLModule):
             self.at.append(self.trainer.global_step)
 
 
+class At(Callback):
+    """Does something at the start of a batch of the epoch."""
+
+    def __init__(self, batch: int, action):
+        self.batch, self.action = batch, action
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.batch:
+            self.action()
+
+
 def test_max_steps_counts_meta_steps():
     model, run = module(accumulate_meta_batches=3), trainer(max_steps=2, max_epochs=-1)
     run.fit(model, loader(6))
@@ -168,21 +180,119 @@ def test_max_steps_counts_meta_steps():
     assert run.fit_loop.total_batch_idx + 1 == 6
 
 
-def test_val_check_interval_counts_meta_steps():
-    model = module(CountValidations, accumulate_meta_batches=2)
-    trainer(val_check_interval=2).fit(model, loader(8), loader(1))
-    assert model.at == [2, 4]
+INTERVALS = {
+    # batches, accumulated, the Trainer's settings: the meta-steps after which it validates
+    "whole windows": (8, 2, {"val_check_interval": 2}, [2, 4]),
+    "a smaller last window counts": (5, 2, {"val_check_interval": 1}, [1, 2, 3]),
+    "only the smaller last window": (5, 2, {"val_check_interval": 3}, [3]),
+    "anew in every epoch": (5, 2, {"val_check_interval": 2, "max_epochs": 2}, [2, 5]),
+    "every other epoch": (5, 2, {"val_check_interval": 2, "max_epochs": 4, "check_val_every_n_epoch": 2}, [5, 11]),
+    "across epochs": (4, 2, {"val_check_interval": 3, "check_val_every_n_epoch": None, "max_epochs": 3}, [3, 6]),
+    "across epochs with smaller last windows": (
+        5, 2, {"val_check_interval": 2, "check_val_every_n_epoch": None, "max_epochs": 3}, [2, 4, 6, 8],
+    ),
+    "beyond an epoch": (5, 2, {"val_check_interval": 7, "check_val_every_n_epoch": None, "max_epochs": 5}, [7, 14]),
+    "a window larger than an epoch": (2, 3, {"val_check_interval": 1, "max_epochs": 2}, [1, 2]),
+    "the whole epoch": (5, 2, {}, [3]),
+    "half an epoch": (8, 2, {"val_check_interval": 0.5}, [2, 4]),
+    "half an epoch, rounded down": (5, 2, {"val_check_interval": 0.5}, [1, 2, 3]),
+    "less than a meta-step": (4, 2, {"val_check_interval": 0.25}, [1, 2]),
+    "a limited epoch": (9, 2, {"val_check_interval": 2, "limit_train_batches": 7}, [2, 4]),
+    "a limited epoch's last window": (9, 2, {"val_check_interval": 3, "limit_train_batches": 5}, [3]),
+    "half of a limited share": (10, 2, {"val_check_interval": 0.5, "limit_train_batches": 0.6}, [1, 2, 3]),
+    "until the last step": (5, 2, {"val_check_interval": 2, "max_epochs": -1, "max_steps": 5}, [2, 5]),
+}  # fmt: skip
 
 
-def test_val_check_interval_counts_meta_steps_across_epochs():
+@pytest.mark.parametrize("case", INTERVALS)
+def test_val_check_interval_counts_meta_steps(case):
+    batches, accumulated, settings, expected = INTERVALS[case]
+    model = module(CountValidations, accumulate_meta_batches=accumulated)
+    trainer(**settings).fit(model, loader(batches), loader(1))
+    assert model.at == expected
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Episodes of an unknown number."""
+
+    def __iter__(self):
+        return (episode(k) for k in range(5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, [3, 6]), ({"val_check_interval": 2}, [2, 5]), ({"val_check_interval": 3, "limit_train_batches": 3}, []),
+     ({"val_check_interval": 2, "limit_train_batches": 3}, [2, 4]),
+     ({"val_check_interval": 4, "check_val_every_n_epoch": None}, [4])],
+    ids=str,
+)  # fmt: skip
+def test_val_check_interval_counts_the_meta_steps_of_a_stream(settings, expected):
     model = module(CountValidations, accumulate_meta_batches=2)
-    trainer(val_check_interval=3, check_val_every_n_epoch=None, max_epochs=3).fit(model, loader(4), loader(1))
-    assert model.at == [3, 6]
+    run = trainer(max_epochs=2, **settings)
+    data = DataLoader(Stream(), batch_size=None)
+    if not expected:
+        with pytest.raises(ValueError, match="must be"):
+            run.fit(model, data, loader(1))
+    else:
+        run.fit(model, data, loader(1))
+    assert model.at == expected
+
+
+def test_validation_by_the_clock_may_come_in_the_middle_of_a_meta_step():
+    model = module(CountValidations, accumulate_meta_batches=2)
+    trainer(val_check_interval=datetime.timedelta(0)).fit(model, loader(4), loader(1))
+    assert model.at == [0, 1, 1, 2]
 
 
 def test_an_interval_that_never_comes_is_explained():
     with pytest.raises(ValueError, match="val_check_interval must be at most the meta-steps of an epoch; found 3"):
         trainer(val_check_interval=3).fit(module(accumulate_meta_batches=2), loader(4), loader(1))
+    trainer(val_check_interval=3).fit(module(accumulate_meta_batches=2), loader(4))  # Nothing to validate.
+
+
+@pytest.mark.parametrize("settings", [{}, {"limit_train_batches": 3}], ids=str)
+def test_every_epoch_ends_with_a_meta_step(settings):
+    model, run = module(accumulate_meta_batches=2), trainer(max_epochs=2, **settings)
+    run.fit(model, loader(5))
+    assert run.global_step == (4 if settings else 6)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_schedule_is_as_long_as_the_meta_steps():
+    class OneCycle(IMAMLModule):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+            self.steps = self.trainer.estimated_stepping_batches
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=self.steps)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    model, run = module(OneCycle, accumulate_meta_batches=2), trainer(max_epochs=2)
+    run.fit(model, loader(5))
+    assert model.steps == run.global_step == 6
+
+
+def test_a_trainer_is_given_back_as_it_was():
+    """Else a second fit would find an accumulation that manual optimization refuses."""
+    run = trainer(log_every_n_steps=7)
+    stop = At(1, lambda: (_ for _ in ()).throw(KeyError("in the middle of a meta-step")))
+    run.callbacks.append(stop)
+    with pytest.raises(KeyError):
+        run.fit(module(accumulate_meta_batches=3), loader(4))
+    run.callbacks.remove(stop)
+    assert (run.accumulate_grad_batches, run.log_every_n_steps) == (1, 7)
+    model = module(CountValidations)
+    run.fit(model, loader(2), loader(1))
+    assert model.at == [2]
+
+
+def test_an_override_that_would_lose_the_count_of_meta_steps_is_refused():
+    class OwnCallbacks(IMAMLModule):
+        def configure_callbacks(self):
+            return [EarlyStopping("train/outer_loss")]
+
+    with pytest.raises(RuntimeError, match=r"configure_callbacks must return what super\(\)"):
+        trainer().fit(module(OwnCallbacks, accumulate_meta_batches=2), loader(2))
+    trainer().fit(module(OwnCallbacks), loader(1))
 
 
 def test_a_plateau_scheduler_can_go_by_steps():

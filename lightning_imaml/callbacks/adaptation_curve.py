@@ -11,12 +11,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import Tensor
+from torchmetrics import MetricCollection
 
 from lightning_imaml import functional
 from lightning_imaml.callbacks.interface import require_interface
 from lightning_imaml.episodes import Episode
-from lightning_imaml.metrics import is_classification
-from lightning_imaml.task_mean import TaskMean
+from lightning_imaml.metrics import TaskMean, is_classification
 
 
 class AdaptationCurve(Callback):
@@ -44,7 +44,7 @@ class AdaptationCurve(Callback):
                 f"steps must be numbers of inner steps, 0 or more; found {steps}. Leave it out for 0, 1, 2 …."
             )
         self.steps = steps
-        self._spreads: dict[int, _Spread] = {}
+        self._points: dict[int, MetricCollection] = {}
         self._quantity = "accuracy"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -61,7 +61,8 @@ class AdaptationCurve(Callback):
         of_solver: int = pl_module.inner_solver.steps  # type: ignore[union-attr,assignment]
         powers = [2**k for k in range(16) if 2**k <= 4 * of_solver]
         numbers = {0, of_solver, *powers} if self.steps is None else set(self.steps)
-        self._spreads = {steps: _Spread().to(pl_module.device) for steps in sorted(numbers)}
+        point = MetricCollection({"mean": TaskMean(), "interval95": TaskMean(interval95=True)}).to(pl_module.device)
+        self._points = {steps: point.clone() for steps in sorted(numbers)}
 
     def on_test_batch_end(
         self,
@@ -75,8 +76,8 @@ class AdaptationCurve(Callback):
         """Adapt the batch's tasks with every number of steps."""
         episode = Episode.of(batch)
         with trainer.precision_plugin.test_step_context():
-            for steps, spread in self._spreads.items():
-                spread.update(self._judge(pl_module, episode, steps))
+            for steps, point in self._points.items():
+                point.update(self._judge(pl_module, episode, steps))
 
     def _judge(self, module: Any, episode: Episode, steps: int) -> Tensor:
         """Every task's accuracy or loss: ``[T]``."""
@@ -96,6 +97,7 @@ class AdaptationCurve(Callback):
             episode.query_inputs,
             episode.query_targets,
             loss=module.outer_loss,
+            support_inputs=episode.support_inputs,
             chunk_size=module.chunk_size,
         )
         if not is_classification(outputs, episode.query_targets):
@@ -106,7 +108,8 @@ class AdaptationCurve(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log, and write both files."""
-        points = [(steps, *spread.compute().tolist()) for steps, spread in self._spreads.items()]
+        computed = ((steps, point.compute()) for steps, point in self._points.items())
+        points = [(steps, found["mean"].item(), found["interval95"].item()) for steps, found in computed]
         for steps, mean, _ in points:
             pl_module.log(f"test/{self._quantity}_at_{steps}_steps", mean)
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # A collective operation: on every rank.
@@ -119,24 +122,6 @@ class AdaptationCurve(Callback):
             writer.writerows(points)
         trained: int = pl_module.inner_solver.steps  # type: ignore[union-attr,assignment]
         draw_curve(points, self._quantity, trained).savefig(folder / "adaptation_curve.png", dpi=120)
-
-
-class _Spread(TaskMean):
-    """The mean over tasks and half the width of its 95 % interval, ``[2]``."""
-
-    squares: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("squares", torch.tensor(0.0), dist_reduce_fx="sum")
-
-    def update(self, values: Tensor) -> None:
-        super().update(values)
-        self.squares = self.squares + values.square().sum()
-
-    def compute(self) -> Tensor:
-        variance = (self.squares - self.total.square() / self.tasks).clamp(min=0) / (self.tasks - 1).clamp(min=1)
-        return torch.stack([self.total / self.tasks, 1.96 * (variance / self.tasks).sqrt()])
 
 
 def draw_curve(points: list[Any], quantity: str, trained: int) -> Figure:

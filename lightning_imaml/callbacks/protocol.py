@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from lightning_imaml.episodes import Episode
+from lightning_imaml.support_set import reads_support
 
 Span = tuple[float, float]
 """The lowest and the highest of a number that may differ from task to task."""
@@ -26,6 +27,7 @@ class Protocol:
         inner_steps: the most inner steps; None for a solver that does not say.
         batch_statistics: whether a BatchNorm layer normalises by the statistics of the batch at test time. Predictions
             then depend on the whole query set: the transductive protocol. All other norms are inductive.
+        support_statistics: whether a layer normalises by the statistics of the support set.
     """
 
     support: Span
@@ -33,6 +35,7 @@ class Protocol:
     ways: Span | None
     inner_steps: int | None
     batch_statistics: bool
+    support_statistics: bool
 
     @classmethod
     def of(cls, module: Any, episode: Episode) -> Protocol:
@@ -49,6 +52,7 @@ class Protocol:
             batch_statistics=any(
                 isinstance(layer, _BatchNorm) and layer.running_mean is None for layer in module.backbone.modules()
             ),
+            support_statistics=reads_support(module.backbone),
         )
 
     def joined(self, other: Protocol) -> Protocol:
@@ -68,7 +72,8 @@ class Protocol:
             words.append(f"{_words(self.query)} queries a class")
         if self.inner_steps is not None:
             words.append(f"{self.inner_steps} inner steps")
-        words.append("batch statistics (transductive)" if self.batch_statistics else "inductive")
+        inductive = "support statistics (inductive)" if self.support_statistics else "inductive"
+        words.append("batch statistics (transductive)" if self.batch_statistics else inductive)
         return ", ".join(words)
 
 

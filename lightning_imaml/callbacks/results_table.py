@@ -120,7 +120,13 @@ class ResultsTable(Callback):
             self._diverged = True
             return
         with torch.no_grad(), trainer.precision_plugin.test_step_context():
-            logits = predict(self._network, adapted.parameters, episode.query_inputs, chunk_size=pl_module.chunk_size)
+            logits = predict(
+                self._network,
+                adapted.parameters,
+                episode.query_inputs,
+                support_inputs=episode.support_inputs,
+                chunk_size=pl_module.chunk_size,
+            )
         self._accuracy.update(logits, episode.query_targets)
         self._interval.update(logits, episode.query_targets)
 

@@ -2,6 +2,7 @@
 
 from lightning_imaml.data.base import PerSample, TaskDataModule
 from lightning_imaml.data.cifar_fs import CifarFSDataModule
+from lightning_imaml.data.cub import CUBDataModule
 from lightning_imaml.data.episodic import EpisodicDataModule
 from lightning_imaml.data.folder import ImageFolderDataModule
 from lightning_imaml.data.glyphs import GlyphDataModule
@@ -10,8 +11,10 @@ from lightning_imaml.data.mini_imagenet import MiniImageNetDataModule
 from lightning_imaml.data.omniglot import OmniglotDataModule
 from lightning_imaml.data.regression import LinearRegressionDataModule, RegressionDataModule, SinusoidDataModule
 from lightning_imaml.data.tasksets import TasksetDataModule
+from lightning_imaml.data.tiered_imagenet import TieredImageNetDataModule
 
 __all__ = [
+    "CUBDataModule",
     "CifarFSDataModule",
     "ClassPool",
     "EpisodicDataModule",
@@ -26,4 +29,5 @@ __all__ = [
     "SinusoidDataModule",
     "TaskDataModule",
     "TasksetDataModule",
+    "TieredImageNetDataModule",
 ]

@@ -30,7 +30,13 @@ def read_split(path: Path) -> ClassSplit:
         raise FileNotFoundError(
             f"split_file must be a CSV file with the columns class,split; found nothing at {str(path)!r}."
         )
-    return parse_split(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"split_file must be encoded in UTF-8; {str(path)!r} is not ({error}). Save it as UTF-8."
+        ) from error
+    return parse_split(text, str(path))
 
 
 def parse_split(text: str, origin: str) -> ClassSplit:

@@ -57,7 +57,7 @@ def write_episodes(path: Path, tasks: Mapping[str, tuple[ImageTasks, int]]) -> N
         names = source.pool.item_names()
         splits[split] = [_entry(source, task, owner, names) for task in range(count)]
     lines = [f'"{split}": [\n' + ",\n".join(map(json.dumps, entries)) + "\n]" for split, entries in splits.items()]
-    path.write_text(f'{{"format": "{FORMAT}", "splits": {{\n' + ",\n".join(lines) + "\n}}\n")
+    path.write_text(f'{{"format": "{FORMAT}", "splits": {{\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
 
 
 def _entry(source: ImageTasks, task: int, owner: Mapping[int, Hashable], names: list[str] | None) -> dict[str, Any]:
@@ -90,10 +90,11 @@ def read_episodes(path: Path, pools: Mapping[str, ClassPool]) -> dict[str, Liste
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not such a file, or it names a split, a class or an image that the data does not have.
+        ValueError: it is not such a file, it holds tasks of another split than "val" and "test", or it names a class or
+            an image that the data does not have.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}")
         splits = dict(content["splits"])
@@ -106,12 +107,19 @@ def read_episodes(path: Path, pools: Mapping[str, ClassPool]) -> dict[str, Liste
             f"episodes must be a JSON file of the format {FORMAT!r}; {str(path)!r} is not ({error}). Write it with "
             "save_episodes."
         ) from error
-    missing = [split for split in splits if split not in pools]
+    evaluated = [split for split in pools if split != "train"]  # training never ends, a list does
+    missing = [split for split in splits if split not in evaluated]
     if missing:
         raise ValueError(
-            f"episodes must hold tasks of splits that the data has ({', '.join(pools)}); found {', '.join(missing)} in "
-            f"{str(path)!r}. Pass the data of that split."
+            f"episodes must hold tasks of the evaluation splits that the data has ({', '.join(evaluated)}); found "
+            f"{', '.join(missing)} in {str(path)!r}. Pass the data of that split, or leave it out of the file."
         )
+    for split, entries in splits.items():
+        if not isinstance(entries, list) or not entries:
+            raise ValueError(
+                f"episodes must hold a list of at least one task for a split; found {entries!r} for {split} in "
+                f"{str(path)!r}. Leave the split out of the file to draw its tasks."
+            )
     return {split: _listed(path, split, entries, pools[split]) for split, entries in splits.items()}
 
 
@@ -134,6 +142,8 @@ def _listed(path: Path, split: str, entries: list[dict[str, Any]], pool: ClassPo
                 raise ValueError("classes with different numbers of images, or an image twice")
             if min(shape) < 1:
                 raise ValueError("no support or no query images")
+            if len(set(entry["classes"])) < shape.ways:
+                raise ValueError("a class twice")
         except (KeyError, ValueError, TypeError, IndexError) as error:
             raise ValueError(
                 f"each task in {str(path)!r} must name classes and images that the {split} split has, as many images "

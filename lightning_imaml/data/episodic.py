@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from lightning_imaml.data.base import TaskDataModule, Transform, require_range, split_setting
 from lightning_imaml.data.episode_list import ListedTasks, read_episodes, write_episodes
-from lightning_imaml.data.labelled import ClassPool, shuffle_classes
+from lightning_imaml.data.labelled import ROTATIONS, ClassPool, shuffle_classes
 from lightning_imaml.data.sampling import SPLITS, DrawnTasks, ImageTasks, Range, ShapeSource, bounds
 
 _SHARES = (0.64, 0.16, 0.20)  # of the classes: those of mini-ImageNet and CIFAR-FS
@@ -66,6 +66,9 @@ class EpisodicDataModule(TaskDataModule):
         small_classes: what to do with a class that has too few images for a task: stop with an error that names it, or
             leave it out with a warning.
         rotations: whether in training each class turned by 90, 180 and 270 degrees is a class of its own.
+        class_transforms: transforms under which each training class is one more class, by the name that its own gets:
+            ``{"mirrored": torchvision.transforms.v2.functional.hflip}`` adds a class ``<class>/mirrored`` for each.
+            They take samples ``[n, ...]``, keep their shape and draw no random numbers.
         in_memory: whether to read all images of the given datasets once, and keep them as bytes.
         transform: applied to the inputs of every batch, on the device, see :class:`TaskDataModule`.
         train_transform: likewise, in training only and before ``transform``: random augmentation.
@@ -101,6 +104,7 @@ class EpisodicDataModule(TaskDataModule):
         class_split: Sequence[float] = _SHARES,
         small_classes: Literal["raise", "skip"] = "raise",
         rotations: bool = False,
+        class_transforms: Mapping[str, Transform] | None = None,
         in_memory: bool = False,
         transform: Transform | None = None,
         train_transform: Transform | None = None,
@@ -140,6 +144,7 @@ class EpisodicDataModule(TaskDataModule):
                 f"{tuple(class_split)}. For another split, pass the data to EpisodicDataModule."
             )
         require_choice("small_classes", small_classes, ("raise", "skip"))
+        self.class_transforms = dict(class_transforms or {})
         self._datasets = (train, val, test)
         self._pools: dict[str, ClassPool] = {}
         self._lists: dict[str, ListedTasks] = {}
@@ -183,8 +188,9 @@ class EpisodicDataModule(TaskDataModule):
                     f"such as {_some(shared)}. Leave them out of one of the two, or pass a single dataset as `train` "
                     "to have its classes split."
                 )
-        if self.hparams["rotations"] and "train" in pools:
-            pools["train"] = pools["train"].rotated()
+        transforms = (ROTATIONS if self.hparams["rotations"] else {}) | self.class_transforms
+        if transforms and "train" in pools:
+            pools["train"] = pools["train"].with_transformed(transforms)
         for name, pool in pools.items():
             self._check_pool(name, pool)
         if self.hparams["episodes"] is not None:

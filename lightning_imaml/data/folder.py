@@ -8,12 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 from lightning_imaml.data.cache import default_cache_dir
-from lightning_imaml.data.class_splits import read_split
+from lightning_imaml.data.class_splits import ClassSplit, read_split
 from lightning_imaml.data.episodic import EpisodicDataModule, require_choice
-from lightning_imaml.data.images import Classes, Decoding, LazyImages, OnBroken, find_classes, find_place, load_images
+from lightning_imaml.data.images import (
+    Classes,
+    Decoding,
+    LazyImages,
+    OnBroken,
+    find_classes,
+    find_place,
+    image_names,
+    load_images,
+)
 from lightning_imaml.data.labelled import ClassPool
 from lightning_imaml.data.sampling import SPLITS
 
@@ -25,9 +35,9 @@ class ImageFolderDataModule(EpisodicDataModule):
 
     - a folder or zip archive of ``<class>/…``, whose classes are split as ``class_split`` or ``split_file`` says;
     - a folder of ``train``, ``val`` and ``test``, or some of them, each a folder or ``.zip`` archive of ``<class>/…``.
+      Other folders beside them are left out, with a warning.
 
     One more folder around all classes, as most archives have, does not matter.
-    tieredImageNet and CUB are read so, with the split file of the protocol that is to be followed (CUB has several).
     Images become ``[channels, image_size, image_size]`` with values in [0, 1]: what is not square loses its sides,
     greyscale becomes colour or the other way round, and transparency is dropped.
 
@@ -49,6 +59,9 @@ class ImageFolderDataModule(EpisodicDataModule):
         FileNotFoundError: in :meth:`setup`, there is no such folder or file.
         ValueError: as for :class:`EpisodicDataModule`; no class is found, or an image cannot be read.
     """
+
+    crop = True
+    """Whether an image that is not square loses its sides, instead of being squeezed."""
 
     def __init__(
         self,
@@ -78,6 +91,15 @@ class ImageFolderDataModule(EpisodicDataModule):
                 f"channels must be 1 or 3 and image_size at least 1 pixel; found {channels} and {image_size}."
             )
 
+    def named_split(self) -> ClassSplit | None:
+        """The classes of each split by name; None where root has a folder for each split, or ``class_split`` says."""
+        file = self.hparams["split_file"]
+        return None if file is None else read_split(Path(file).expanduser())
+
+    def find_images(self, root: Path) -> Classes:
+        """The image files in root by class, for a split by name or by ``class_split``."""
+        return classes_in(root)
+
     def configure_splits(self) -> Mapping[str, ClassPool]:
         """Find the classes, split them and read their images."""
         root = Path(self.hparams["root"]).expanduser()
@@ -86,37 +108,27 @@ class ImageFolderDataModule(EpisodicDataModule):
                 f"root must be a folder or a .zip archive with a folder for each class; found none at "
                 f"{str(root)!r}. Check the path."
             )
-        places = {name: place for name in SPLITS if (place := find_place(root, name)) is not None}
-        if places and self.hparams["split_file"] is None:
-            return {name: self._load(self._found(place)) for name, place in places.items()}
-        classes = self._found(root)
-        if self.hparams["split_file"] is None:
+        split = self.named_split()
+        if split is None and (splits := _split_folders(root)):
+            return {name: self._load(classes) for name, classes in splits.items()}
+        classes = _required(root, self.find_images(root))
+        if split is None:
+            if set(classes) <= set(SPLITS):
+                raise ValueError(
+                    f"the folders train, val and test must lie in root itself; found {', '.join(classes)} further "
+                    f"inside {str(root)!r}. Pass the folder around them as root; extract them from an archive."
+                )
             return self.split_by_class(self._load(classes))
-        path = Path(self.hparams["split_file"]).expanduser()
-        split = read_split(path)
         missing = [label for labels in split.values() for label in labels if label not in classes]
         if missing:
             raise ValueError(
-                f"split_file must name folders that root has; found {len(missing)} in {str(path)!r} that "
-                f"{str(root)!r} lacks, such as {missing[0]!r} (it has {next(iter(classes))!r}). "
-                "Use the folder that the file was written for."
+                f"the split must name folders that root has; found {len(missing)} that {str(root)!r} lacks, such as "
+                f"{missing[0]!r} (it has {next(iter(classes))!r}). Use the data that the split is of, and all of it."
             )
         return {name: self._load({label: classes[label] for label in labels}) for name, labels in split.items()}
 
-    def _found(self, place: Path) -> Classes:
-        classes = find_classes(place)
-        if len(classes) == 1:  # a folder around the classes, as in most archives of a folder
-            inside = find_classes(place, prefix=f"{next(iter(classes))}/")
-            classes = inside if len(inside) > 1 else classes
-        if not any(classes.values()):
-            raise ValueError(
-                f"root must have a folder of images for each class; found no image in a folder of {str(place)!r}. "
-                "Put the images of each class into a folder of its own."
-            )
-        return classes
-
     def _load(self, classes: Classes) -> ClassPool:
-        decode = Decoding(self.hparams["image_size"], self.hparams["channels"], crop=True)
+        decode = Decoding(self.hparams["image_size"], self.hparams["channels"], crop=self.crop)
         if self.hparams["in_memory"]:
             folder = self.hparams["cache_dir"]
             return load_images(
@@ -128,6 +140,42 @@ class ImageFolderDataModule(EpisodicDataModule):
             )
         source = LazyImages(classes, decode)
         return ClassPool(source, _positions(classes), named=True)
+
+
+def _split_folders(root: Path) -> dict[str, Classes]:
+    """The classes of each split that has a folder or an archive; none if the folders of root are classes."""
+    splits = {name: classes_in(place) for name in SPLITS if (place := find_place(root, name)) is not None}
+    if not any(splits.values()):  # A class may be called "train", too: then its folder holds images and no folders.
+        return {}
+    others = [
+        entry.name
+        for entry in sorted(root.iterdir())
+        if entry.is_dir() and entry.name not in SPLITS and not entry.name.startswith(".") and image_names(entry)
+    ]
+    if others:
+        rank_zero_warn(
+            f"{', '.join(splits)} in {str(root)!r} are taken for splits, so {', '.join(others)} beside them is left "
+            "out. Rename it if it is a split (the validation classes' folder is val), or remove it."
+        )
+    return {name: _required(root / name, classes) for name, classes in splits.items()}
+
+
+def classes_in(place: Path) -> Classes:
+    """The image files of a folder or archive by class, whether or not another folder is around all classes."""
+    classes = find_classes(place)
+    if len(classes) == 1:  # a folder around the classes, as in most archives of a folder
+        inside = find_classes(place, prefix=f"{next(iter(classes))}/")
+        classes = inside if len(inside) > 1 else classes
+    return classes
+
+
+def _required(place: Path, classes: Classes) -> Classes:
+    if not any(classes.values()):
+        raise ValueError(
+            f"root must have a folder of images for each class; found no image in a folder of {str(place)!r}. "
+            "Put the images of each class into a folder of its own."
+        )
+    return classes
 
 
 def _positions(classes: Mapping[str, Sequence[object]]) -> dict[Hashable, NDArray[np.int64]]:

@@ -27,7 +27,8 @@ from lightning_imaml.data.labelled import ClassPool, LabelledTensors
 
 OnBroken = Literal["raise", "skip"]
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-_BROKEN = (OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
+# zipfile raises a RuntimeError for a file that is encrypted or packed in a way that it does not know.
+_BROKEN = (OSError, SyntaxError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
 _VERSION = 1  # of the decoding: change it together with what decides the pixels, so that old caches are not used
 _SHOWN = 5
 
@@ -117,13 +118,38 @@ def _names(place: Path) -> list[str]:
     """All paths in a folder or archive, those of folders with a slash at the end."""
     if place.is_dir():
         found = []
-        for folder, _, files in os.walk(place, followlinks=True):
+        for folder, folders, files in os.walk(place, followlinks=True, onerror=_raise):
+            # A link to a folder that it lies in would show the same images again and again.
+            folders[:] = [name for name in folders if not _leads_back(Path(folder, name))]
             inside = Path(folder).relative_to(place).as_posix()
             inside = "" if inside == "." else f"{inside}/"
             found += [inside, *(inside + file for file in files)]
         return found
-    with zipfile.ZipFile(place) as archive:
-        return archive.namelist()
+    with open_archive(place) as archive:
+        return list(dict.fromkeys(archive.namelist()))  # an archive may hold a file twice
+
+
+def _raise(error: OSError) -> None:
+    """Stop at a folder that cannot be read, which ``os.walk`` would leave out in silence."""
+    raise error
+
+
+def _leads_back(folder: Path) -> bool:
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+
+
+def open_archive(place: Path) -> zipfile.ZipFile:
+    """Open a zip archive.
+
+    Raises:
+        ValueError: it is none, or not a whole one.
+    """
+    try:
+        return zipfile.ZipFile(place)
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            f"an archive must be a whole .zip file; {str(place)!r} is not ({error}). Fetch it anew, or remove it."
+        ) from error
 
 
 class ImageReader:
@@ -143,7 +169,7 @@ class ImageReader:
         """Open the archives that these files are in."""
         for place in {file.place for file in files}:
             if not place.is_dir():
-                self.archives[place] = self.stack.enter_context(zipfile.ZipFile(place))
+                self.archives[place] = self.stack.enter_context(open_archive(place))
 
     def read(self, file: ImageFile) -> bytes:
         """The content of a file."""
@@ -196,7 +222,7 @@ def load_images(
     labels = np.repeat(np.arange(len(classes)), [len(members) for members in classes.values()])
     key = hashlib.sha256(f"{_VERSION} {decode} {on_broken}".encode())
     for line in _fingerprints(files):
-        key.update(line.encode())
+        key.update(line.encode("utf-8", "surrogateescape"))  # names need not be Unicode on Linux
     for label in labels:
         key.update(b"%d " % label)
     arrays = cached_arrays(f"{name}-{key.hexdigest()[:16]}", folders, lambda: _read_all(files, decode, on_broken))
@@ -228,7 +254,7 @@ def _fingerprints(files: Sequence[ImageFile]) -> list[str]:
             lines.append(f"{file.name} {status and (status.st_size, status.st_mtime_ns)}\n")
             continue
         if file.place not in sums:
-            with zipfile.ZipFile(file.place) as archive:
+            with open_archive(file.place) as archive:
                 sums[file.place] = {entry.filename: entry.CRC for entry in archive.infolist()}
         lines.append(f"{file.name} {sums[file.place].get(file.name)}\n")
     return lines
@@ -269,15 +295,16 @@ class LazyImages(Dataset[tuple[Tensor, int]]):
         self.items = [file.name for file in self.files]
         self.decode = decode
         self.reader: ImageReader | None = None
+        self.process = 0
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """An image ``[C, size, size]``, ``float32`` in [0, 1], and its label."""
-        if self.reader is None:
-            # In each loader worker anew: processes that share an open archive would move its file position.
-            self.reader = ImageReader()
+        if self.reader is None or self.process != os.getpid():
+            # In each loader worker anew: forked processes that share an open archive would move its file position.
+            self.reader, self.process = ImageReader(), os.getpid()
             self.reader.open(self.files)
         image = torch.from_numpy(read_image(self.reader, self.files[index], self.decode))
         return image.to(torch.float32).div_(255), self.targets[index]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,34 +60,54 @@ class LabelledTensors(TensorDataset):
         return images[index].to(torch.float32).div_(255), labels[index]
 
 
-class RotatedImages(Dataset[Any]):
-    """The images of a dataset of n items upright, then all turned by 90, by 180 and by 270 degrees: 4 n items.
+class TransformedImages(Dataset[Any]):
+    """The items of a dataset of n as they are, then all of them under each of k transforms: (1 + k) n items.
 
     Args:
-        source: a map-style dataset of ``(input, label)`` pairs with square images ``[C, S, S]`` as inputs.
+        source: a map-style dataset of ``(input, label)`` pairs whose inputs are tensors.
+        transforms: by name, functions of inputs ``[m, ...]`` that keep their shape.
     """
 
-    def __init__(self, source: Dataset[Any]) -> None:
-        self.source = source
+    def __init__(self, source: Dataset[Any], transforms: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+        self.source, self.transforms = source, dict(transforms)
         self.length: int = len(source)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
-        return 4 * self.length
+        return (1 + len(self.transforms)) * self.length
 
     def fetch(self, indices: Tensor) -> Any:
-        """The images ``[n, C, S, S]`` of these items."""
-        images = gather(self.source, indices % self.length)
-        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[-2] != images.shape[-1]:
-            found = list(images.shape[1:]) if isinstance(images, Tensor) else type(images).__name__
+        """The inputs ``[m, ...]`` of these items."""
+        inputs = gather(self.source, indices % self.length)
+        if not isinstance(inputs, Tensor):
             raise ValueError(
-                f"rotations need square images [C, S, S]; found {found}. Crop the images, or leave rotations out."
+                f"rotations and class_transforms need inputs that are one tensor; found {type(inputs).__name__}. Leave "
+                "them out."
             )
-        turns = indices // self.length
-        for turn in (1, 2, 3):
-            chosen = turns == turn
+        for number, (name, transform) in enumerate(self.transforms.items(), start=1):
+            chosen = indices // self.length == number
             if chosen.any():
-                images[chosen] = torch.rot90(images[chosen], turn, dims=(-2, -1))
-        return images
+                changed = transform(inputs[chosen])
+                if changed.shape != inputs[chosen].shape:
+                    raise ValueError(
+                        f"class_transforms must keep the shape of their inputs [n, ...]; found that {name!r} makes "
+                        f"{list(changed.shape)} of {list(inputs[chosen].shape)}. Resize or crop all classes alike."
+                    )
+                inputs[chosen] = changed
+        return inputs
+
+
+def turned(images: Tensor, turns: int) -> Tensor:
+    """Images ``[n, C, S, S]`` turned anticlockwise, ``turns`` times by 90 degrees."""
+    if images.ndim != 4 or images.shape[-2] != images.shape[-1]:
+        raise ValueError(
+            f"rotations need square images [C, S, S]; found {list(images.shape[1:])}. Crop the images, or leave "
+            "rotations out."
+        )
+    return torch.rot90(images, turns, dims=(-2, -1))
+
+
+ROTATIONS = {f"rot{90 * turns}": partial(turned, turns=turns) for turns in (1, 2, 3)}
+"""The transforms whose classes ``rotations`` adds."""
 
 
 @dataclass(frozen=True)
@@ -150,20 +171,20 @@ class ClassPool:
         source = LabelledTensors(images, labels, list(map(str, self.members)), self.item_names())
         return ClassPool(source, self.members, self.named)
 
-    def rotated(self) -> ClassPool:
-        """These classes, and each turned by 90, 180 and 270 degrees as classes of their own, ``<name>/rot90`` …."""
-        source = RotatedImages(self.source)
+    def with_transformed(self, transforms: Mapping[str, Callable[[Tensor], Tensor]]) -> ClassPool:
+        """These classes, and each of them under each transform as a class of its own, ``<class>/<transform>``."""
+        source = TransformedImages(self.source, transforms)
         members = dict(self.members)
-        for turn in (1, 2, 3):
-            members |= {
-                f"{label}/rot{90 * turn}": items + turn * source.length for label, items in self.members.items()
-            }
+        for number, name in enumerate(transforms, start=1):
+            members |= {f"{label}/{name}": items + number * source.length for label, items in self.members.items()}
         return ClassPool(source, members, self.named)
 
     def item_names(self) -> list[str] | None:
         """The name of every item of the source, or None where it has none."""
         names = getattr(self.source, "items", None)
-        return list(names) if isinstance(names, list | tuple) else None
+        # Many a dataset has a list ``items`` of something else.
+        usable = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+        return list(names) if usable and len(set(names)) == len(names) == len(self.source) else None  # type: ignore
 
     def overlap(self, other: ClassPool) -> list[Hashable]:
         """The classes that both pools hold, as far as that can be told."""
@@ -231,12 +252,23 @@ def gather(source: Any, indices: Tensor) -> Any:
 
     Returns:
         A tensor ``[n, ...]``, or the dict, list or tuple of such tensors that the inputs are made of.
+
+    Raises:
+        ValueError: the inputs cannot be stacked.
     """
     if isinstance(source, TensorDataset):
         return source[indices][0]
-    if isinstance(source, RotatedImages):
+    if isinstance(source, TransformedImages):
         return source.fetch(indices)
-    return default_collate([source[index][0] for index in indices.tolist()])
+    inputs = [source[index][0] for index in indices.tolist()]
+    try:
+        return default_collate(inputs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"the inputs of {type(source).__name__} must be tensors of one shape, or dicts, lists or tuples of such; "
+            f"they cannot be stacked ({error}). Give the dataset a transform with Resize and ToTensor; PIL images of "
+            "one size can also be kept as they are with in_memory=True."
+        ) from error
 
 
 def _as_bytes(image: Any) -> Tensor:

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_imaml.component import Component, require
+from lightning_imaml.component import Component, all_done, require, require_check_every
 from lightning_imaml.positive import Bounds, Per, Positive, Value, check, place
 from lightning_imaml.tasks import FlatModel, InnerProblem
 
@@ -37,10 +37,13 @@ class InnerSolver(Component, ABC):
 
     steps: int
     tol: float
+    check_every: int = 1
+    """After how many steps the host looks whether all tasks are done, where there is a tolerance."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, self, "steps", "at least 1", self.steps, "The paper takes 16 for 5-way Omniglot.")
         require(self.tol >= 0, self, "tol", "zero or positive", self.tol, "Use 0 to take all steps.")
+        require_check_every(self, self.check_every)
 
     def rates(self, model: FlatModel) -> dict[str, Tensor]:
         """The learned step sizes at the start, by names without dots; empty where nothing is learned."""
@@ -89,27 +92,30 @@ class SteppingSolver(InnerSolver):
             state = self.init(problem, parameters.detach())
         taken = torch.zeros(parameters.shape[0], dtype=torch.long, device=parameters.device)
         active = torch.ones_like(taken, dtype=torch.bool)
+        anchor = parameters if parameters.requires_grad else None
+        del parameters  # The first iterate and old gradients would take [T, D] each.
         for k in range(self.steps):
             if k == constant_steps:
-                state = self._attached(state, parameters)
+                state = self._attached(state, anchor)
             with torch.set_grad_enabled(k >= constant_steps):
                 following, gradient = self.step(problem, state)
                 if self.tol > 0:
                     active = active & (gradient.detach().norm(dim=1) > self.tol)
-                    if not active.any():
+                    if all_done(active, k + 1, self.check_every):
                         break
                     following = tuple(
                         torch.where(active.view(-1, *[1] * (new.ndim - 1)), new, old)
                         for new, old in zip(following, state, strict=True)
                     )
+                del gradient
                 state = following
                 taken += active
         if differentiable_steps == 0:
-            state = self._attached(state, parameters)
+            state = self._attached(state, anchor)
         return InnerSolution(state[0], taken)
 
-    def _attached(self, state: State, parameters: Tensor) -> State:
-        return (*(attach(point, parameters) for point in state[: self.positions]), *state[self.positions :])
+    def _attached(self, state: State, anchor: Tensor | None) -> State:
+        return (*(attach(point, anchor) for point in state[: self.positions]), *state[self.positions :])
 
 
 class StepSizes(SteppingSolver):
@@ -147,9 +153,9 @@ class StepSizes(SteppingSolver):
         return place("lr", self.lr, self.learned, self.per, self.bounds, model.layout)
 
 
-def attach(point: Tensor, parameters: Tensor) -> Tensor:
+def attach(point: Tensor, parameters: Tensor | None) -> Tensor:
     """Let ``point`` move with ``parameters`` where these are to be differentiated, without changing its value."""
-    if not parameters.requires_grad:
+    if parameters is None or not parameters.requires_grad:
         return point
     with torch.enable_grad():
         return point + (parameters - parameters.detach())

@@ -22,6 +22,8 @@ class GradientDescent(StepSizes):
         lr: the step size; or patterns over parameter names with one each, of which the first that matches counts.
         steps: the most steps a task takes.
         tol: a task stops when ‖∇G‖ ≤ tol.
+        check_every: after how many steps the host looks whether all tasks are done, for which it waits for the device;
+            with ``tol=0`` never. The results do not depend on it.
         learned: learn the step sizes, by their logarithm ``log_lr``; for ``Unrolled`` and ``Truncated``.
         per: what has a learned step size of its own: each "layer", each entry of the parameters ("parameter", as in
             `Meta-SGD <https://arxiv.org/abs/1707.09835>`_), or, for None, each pattern of ``lr``.
@@ -29,12 +31,14 @@ class GradientDescent(StepSizes):
 
     Raises:
         ValueError: ``lr`` is not positive or lies outside the bounds, ``per`` or ``bounds`` stands without ``learned``,
-            ``steps`` is below 1 or ``tol`` is negative; in use, a pattern matches no parameter, or a parameter none.
+            ``steps`` or ``check_every`` is below 1 or ``tol`` is negative; in use, a pattern matches no parameter, or a
+            parameter none.
     """
 
     lr: Value
     steps: int
     tol: float = 0.0
+    check_every: int = 1
     learned: bool = False
     per: Per | None = None
     bounds: Bounds | None = None

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_imaml.component import require
+from lightning_imaml.component import all_done, require
 from lightning_imaml.curvature import Curvature, Hessian
 from lightning_imaml.inner.base import State, SteppingSolver
 from lightning_imaml.linear.conjugate_gradient import ConjugateGradient
@@ -33,15 +33,19 @@ class HessianFree(SteppingSolver):
         tol: a task stops when ‖∇G‖ ≤ tol. The line search compares values of G, whose rounding it cannot see through:
             tolerances below about the square root of the dtype's precision may not be reached.
         curvature: the exact Hessian, or Gauss-Newton, which has no negative curvature.
+        check_every: after how many steps the host looks whether all tasks are done, for which it waits for the device;
+            with ``tol=0`` never. The line search, which looks with every ``tol``, does so after this many tries, from
+            12 on never: a step then costs 12 forward passes. The results do not depend on it.
 
     Raises:
-        ValueError: ``steps`` or ``cg_steps`` is below 1, or ``tol`` is negative.
+        ValueError: ``steps``, ``cg_steps`` or ``check_every`` is below 1, or ``tol`` is negative.
     """
 
     steps: int
     cg_steps: int = 5
     tol: float = 0.0
     curvature: Curvature = Hessian()  # noqa: RUF009 - frozen, so that sharing it is safe
+    check_every: int = 1
     differentiable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -64,10 +68,10 @@ class HessianFree(SteppingSolver):
         start = problem.value(parameters)
         length = torch.ones_like(start)
         found = torch.zeros_like(start, dtype=torch.bool)
-        for _ in range(_HALVINGS):
+        for tries in range(1, _HALVINGS + 1):
             reached = problem.value(torch.addcmul(parameters, length.unsqueeze(1), direction))
             found |= reached <= start + _SUFFICIENT * length * slope
-            if found.all():
+            if tries < _HALVINGS and all_done(~found, tries, self.check_every):
                 break
             length = torch.where(found, length, length / 2)
         length = torch.where(found, length, 0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from lightning_imaml.component import require
+from lightning_imaml.component import all_done, require
 from lightning_imaml.inner.base import InnerSolution, InnerSolver, attach, refuse_differentiation
 from lightning_imaml.tasks import InnerProblem
 
@@ -35,16 +35,19 @@ class TorchOptimizer(InnerSolver):
         steps: the most steps a task takes.
         options: its keyword arguments, the learning rate among them.
         tol: a task stops when ‖∇G‖ ≤ tol.
+        check_every: after how many steps the host looks whether all tasks are done, for which it waits for the device;
+            with ``tol=0`` never. The results do not depend on it.
 
     Raises:
-        ValueError: the optimizer is known not to be element-wise, ``steps`` is below 1 or ``tol`` is negative; in use,
-            an estimator asks to differentiate the steps.
+        ValueError: the optimizer is known not to be element-wise, ``steps`` or ``check_every`` is below 1, or ``tol``
+            is negative; in use, an estimator asks to differentiate the steps.
     """
 
     optimizer: type[Optimizer]
     steps: int
     options: Mapping[str, Any] = field(default_factory=dict)
     tol: float = 0.0
+    check_every: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,11 +64,12 @@ class TorchOptimizer(InnerSolver):
         taken = torch.zeros(rows.shape[0], dtype=torch.long, device=rows.device)
         active = torch.ones_like(taken, dtype=torch.bool)
         with torch.no_grad():
-            for _ in range(self.steps):
+            for k in range(self.steps):
+                rows.grad = None  # The last one would take [T, D] while the next is computed.
                 rows.grad = problem.gradient(rows)
                 if self.tol > 0:
                     active = active & (rows.grad.norm(dim=1) > self.tol)
-                    if not active.any():
+                    if all_done(active, k + 1, self.check_every):
                         break
                 before = rows.clone() if self.tol > 0 else rows
                 optimizer.step()

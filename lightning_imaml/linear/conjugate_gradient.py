@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from lightning_imaml.component import require
+from lightning_imaml.component import all_done, require, require_check_every
 from lightning_imaml.linear.base import LinearSolution, LinearSolver, MatVec, PreconditionedMatVec, random_signs
 
 
@@ -20,11 +20,11 @@ class ConjugateGradient(LinearSolver):
     .. math:: α_k = \frac{r_k^⊤ r_k}{p_k^⊤ A p_k}, \quad x_{k+1} = x_k + α_k p_k, \quad r_{k+1} = r_k - α_k A p_k, \quad
               p_{k+1} = r_{k+1} + \frac{r_{k+1}^⊤ r_{k+1}}{r_k^⊤ r_k} p_k
 
-    Every task has its own step sizes and stops by itself, by masks on the device: the host never waits for a value. A
-    task that meets pᵀAp ≤ 0 has an indefinite (or singular) system; it keeps the iterate it had, x = 0 if that is the
-    first direction, and reports ``indefinite``. A task whose product is not finite has a residual of NaN. The residual
-    is that of the recurrence, which rounding lets drift from ‖b − Ax‖ over hundreds of iterations. SciPy's equivalent
-    is ``scipy.sparse.linalg.cg``.
+    Every task has its own step sizes and stops by itself, by masks on the device. A task that meets pᵀAp ≤ 0 has an
+    indefinite (or singular) system; it keeps the iterate it had, x = 0 if that is the first direction, and reports
+    ``indefinite``. A task whose product is not finite has a residual of NaN. The residual is that of the recurrence,
+    which rounding lets drift from ‖b − Ax‖ over hundreds of iterations. SciPy's equivalent is
+    ``scipy.sparse.linalg.cg``.
 
     With Jacobi's preconditioner M = diag(A), r and p are measured by rᵀM⁻¹r, and p starts from M⁻¹r. Only products with
     A are known, so the diagonal is estimated as the mean of z ⊙ Az over probes z of random signs
@@ -41,17 +41,20 @@ class ConjugateGradient(LinearSolver):
         rtol: a task stops when ‖r‖ ≤ rtol ‖b‖. 0 runs all iterations.
         damping: solves (A + damping · I) x = b instead.
         jacobi_probes: precondition by a diagonal estimated with this many products; 0 is without.
+        check_every: after how many iterations the host looks whether all tasks are done, for which it waits for the
+            device; with ``rtol=0`` never. The results do not depend on it.
         preconditioner: "regularizer" preconditions by the regulariser's matrix; None is without.
 
     Raises:
-        ValueError: ``max_iter`` is below 1, or ``rtol``, ``damping`` or ``jacobi_probes`` is negative, or both
-            preconditioners are asked for; in use, there is no regulariser with a matrix.
+        ValueError: ``max_iter`` or ``check_every`` is below 1, or ``rtol``, ``damping`` or ``jacobi_probes`` is
+            negative, or both preconditioners are asked for; in use, there is no regulariser with a matrix.
     """
 
     max_iter: int = 5
     rtol: float = 0.0
     damping: float = 0.0
     jacobi_probes: int = 0
+    check_every: int = 1
     preconditioner: Literal["regularizer"] | None = None
 
     def __post_init__(self) -> None:
@@ -60,6 +63,7 @@ class ConjugateGradient(LinearSolver):
         require(self.damping >= 0, self, "damping", "zero or positive", self.damping, "Use 0 for no damping.")
         probes = self.jacobi_probes
         require(probes >= 0, self, "jacobi_probes", "zero or positive", probes, "Use 0 for no preconditioner.")
+        require_check_every(self, self.check_every)
         found = self.preconditioner
         require(found in (None, "regularizer"), self, "preconditioner", "'regularizer' or None", found, "See Jacobi's.")
         remedy = "Leave one of them out."
@@ -97,6 +101,8 @@ class ConjugateGradient(LinearSolver):
                 previous, rz = rz, rr if precondition is None else vecdot(r, z)
                 p.mul_(torch.where(active, rz / previous, 0).unsqueeze(1)).add_(z)
             active = active & (rr > goal)
+            if self.rtol > 0 and k + 1 < self.max_iter and all_done(active, k + 1, self.check_every):
+                break
         residual = torch.where(norm2 == 0, 0, (rr / norm2).sqrt()).masked_fill(broken, torch.nan)
         return LinearSolution(x, steps, residual, (rr <= goal) & ~broken, indefinite)
 

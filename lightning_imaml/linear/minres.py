@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
-from lightning_imaml.component import require
+from lightning_imaml.component import all_done, require, require_check_every
 from lightning_imaml.linear.base import LinearSolution, LinearSolver, MatVec
 
 
@@ -24,17 +24,21 @@ class MinRes(LinearSolver):
     Args:
         max_iter: the most iterations, one product with A each; one more product measures the residual.
         rtol: a task stops when ‖r‖ ≤ rtol ‖b‖. 0 runs all iterations.
+        check_every: after how many iterations the host looks whether all tasks are done, for which it waits for the
+            device; with ``rtol=0`` never. The results do not depend on it.
 
     Raises:
-        ValueError: ``max_iter`` is below 1 or ``rtol`` is negative.
+        ValueError: ``max_iter`` or ``check_every`` is below 1, or ``rtol`` is negative.
     """
 
     max_iter: int = 5
     rtol: float = 0.0
+    check_every: int = 1
 
     def __post_init__(self) -> None:
         require(self.max_iter >= 1, self, "max_iter", "at least 1", self.max_iter, "It needs one product each.")
         require(self.rtol >= 0, self, "rtol", "zero or positive", self.rtol, "Use 0 to run all iterations.")
+        require_check_every(self, self.check_every)
 
     def solve(self, matvec: MatVec, rhs: Tensor) -> LinearSolution:
         """Solve A x = b for every task, see :meth:`LinearSolver.solve`."""
@@ -49,7 +53,7 @@ class MinRes(LinearSolver):
         steps = torch.zeros_like(norm, dtype=torch.long)
         indefinite = torch.zeros_like(active)
         broken = torch.zeros_like(active)
-        for _ in range(self.max_iter):
+        for k in range(self.max_iter):
             # Lanczos: A v_k = β_k v_{k-1} + α_k v_k + β_{k+1} v_{k+1}.
             product = matvec(v)
             broken |= active & ~product.isfinite().all(dim=1)
@@ -75,6 +79,8 @@ class MinRes(LinearSolver):
             x.addcmul_(torch.where(moving, cos * phi, 0).unsqueeze(1), direction)
             phi = torch.where(moving, sin * phi, phi)
             active = moving & (phi > self.rtol * norm) & (beta > noise)
+            if self.rtol > 0 and k + 1 < self.max_iter and all_done(active, k + 1, self.check_every):
+                break
         # Measured, not the recurrence's phi: this solver makes references.
         error = vector_norm(rhs - matvec(x), dim=1)
         residual = torch.where(norm == 0, 0, error / norm).masked_fill(broken, torch.nan)

@@ -26,7 +26,7 @@ class Conv4(nn.Module):
         filters: filters of each block.
         image_size: height and width of the images in pixels.
         downsampling: what halves the image in each block: convolution with stride 2, or 2×2 max-pooling after it.
-        norm: what the blocks normalise by: "batch", "group", "layer" or "none", see
+        norm: what the blocks normalise by: "batch", "support", "group", "layer" or "none", see
             :data:`lightning_imaml.models.norm.Norm`.
 
     Shapes:

@@ -21,7 +21,7 @@ class MLP(nn.Module):
         inputs: numbers in a sample; samples of more dimensions are flattened.
         outputs: outputs: the ways N of a task, or the dimensions of a regression target.
         hidden: the width of each hidden layer; none of them makes the network linear.
-        norm: what hidden layers normalise by: "batch", "group", "layer" or "none", see
+        norm: what hidden layers normalise by: "batch", "support", "group", "layer" or "none", see
             :data:`lightning_imaml.models.norm.Norm`.
 
     Shapes:

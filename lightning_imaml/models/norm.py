@@ -6,19 +6,73 @@ import math
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-Norm = Literal["batch", "group", "layer", "none"]
+from lightning_imaml.component import require
+from lightning_imaml.support_set import SupportLayer
+
+Norm = Literal["batch", "support", "group", "layer", "none"]
 """What a network normalises by.
 
 - ``"batch"``: the statistics of the batch at hand, in training and in evaluation, as in MAML and iMAML. Predictions
   on a query set then depend on all of it: the transductive protocol.
+- ``"support"``: the statistics of the task's support set, for the query set too, see :class:`SupportNorm`: the
+  inductive protocol.
 - ``"group"``: groups of at most eight channels of one sample, each sample by itself: the inductive protocol.
 - ``"layer"``: all channels of one sample: inductive.
 - ``"none"``: nothing: inductive.
 """
 
-NORMS = ("batch", "group", "layer", "none")
+NORMS = ("batch", "support", "group", "layer", "none")
+
+
+class SupportNorm(SupportLayer):
+    r"""Normalises by the mean and the variance, over the task's support set, of each channel.
+
+    :math:`y = \gamma (x - \mu_S) / \sqrt{\sigma_S^2 + \epsilon} + \beta`, where :math:`\mu_S` and :math:`\sigma_S^2`
+    are over samples and places of the support set alone: "MetaBN" of `Bronskill et al. (2020), TaskNorm
+    <https://arxiv.org/abs/2003.03284>`_. On the support set it is BatchNorm with batch statistics. A query
+    sample is normalised as the support set is, so predictions do not depend on the other query samples.
+
+    The core gives a network with such layers both sets in one pass, the support set first. Called in any other way, the
+    network takes all samples for the support set.
+
+    Args:
+        channels: channels C of the input.
+        eps: ε, added to the variance.
+
+    Shapes:
+        ``[n, C, ...]`` to the same.
+
+    Raises:
+        ValueError: in use, the support set has a single value a channel, which has no variance.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.channels, self.eps = channels, eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def reset_parameters(self) -> None:
+        """Set the scale γ to one and the shift β to zero."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """What the printed network says of the layer."""
+        return f"{self.channels}, eps={self.eps}"
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Normalise ``[n, C, ...]``."""
+        support = inputs[: self.support_rows]
+        values = support.numel() // self.channels
+        require(values > 1, self, "the support set", "more than one value a channel", values, "Use norm='layer'.")
+        variance, mean = torch.var_mean(support, [0, *range(2, inputs.ndim)], correction=0, keepdim=True)
+        shape = [1, self.channels] + [1] * (inputs.ndim - 2)
+        scale = (variance + self.eps).rsqrt() * self.weight.view(shape)
+        return (inputs - mean) * scale + self.bias.view(shape)
 
 
 def norm_layer(norm: Norm, channels: int, images: bool = True) -> nn.Module:
@@ -30,11 +84,13 @@ def norm_layer(norm: Norm, channels: int, images: bool = True) -> nn.Module:
         images: whether the input is ``[n, channels, height, width]``, or else ``[n, channels]``.
 
     Raises:
-        ValueError: ``norm`` is none of the four, or the channels cannot be grouped.
+        ValueError: ``norm`` is none of these, or the channels cannot be grouped.
     """
     if norm == "batch":
         batch_norm = nn.BatchNorm2d if images else nn.BatchNorm1d
         return batch_norm(channels, track_running_stats=False)
+    if norm == "support":
+        return SupportNorm(channels)
     if norm == "group":
         if channels % 2:
             raise ValueError(
@@ -59,7 +115,27 @@ def use_batch_statistics(module: nn.Module) -> nn.Module:
         The module itself.
     """
     for layer in module.modules():
-        if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+        if isinstance(layer, _BatchNorm):
             layer.track_running_stats = False
             layer.running_mean = layer.running_var = layer.num_batches_tracked = None
     return module
+
+
+def use_support_statistics(module: nn.Module) -> nn.Module:
+    """Replace every BatchNorm layer of ``module`` by :class:`SupportNorm`, in place: the inductive protocol.
+
+    Scale and shift stay the same parameters under the same names; running statistics are dropped.
+
+    Returns:
+        The module itself; a module that is a BatchNorm layer gives its replacement.
+    """
+    for name, layer in module.named_children():
+        setattr(module, name, use_support_statistics(layer))
+    if not isinstance(module, _BatchNorm):
+        return module
+    norm = SupportNorm(module.num_features, module.eps).train(module.training)
+    if module.affine:
+        norm.weight, norm.bias = module.weight, module.bias
+    else:
+        norm.requires_grad_(False)
+    return norm

@@ -21,7 +21,7 @@ class ResNet12(nn.Module):
         ways: the number of classes N of a task.
         channels: image channels.
         widths: filters of the four blocks; MetaOptNet has (64, 160, 320, 640), TADAM (64, 128, 256, 512).
-        norm: what the convolutions normalise by: "batch", "group", "layer" or "none", see
+        norm: what the convolutions normalise by: "batch", "support", "group", "layer" or "none", see
             :data:`lightning_imaml.models.norm.Norm`.
 
     Shapes:

@@ -24,7 +24,7 @@ class WideResNet(nn.Module):
         channels: image channels.
         depth: layers d, 4 more than a multiple of 6.
         width: the factor k.
-        norm: what the blocks normalise by: "batch", "group", "layer" or "none", see
+        norm: what the blocks normalise by: "batch", "support", "group", "layer" or "none", see
             :data:`lightning_imaml.models.norm.Norm`.
 
     Shapes:

@@ -72,7 +72,10 @@ def change(path, edit):
     [
         (lambda c: c.update(format="other"), "file of the format 'few-shot episodes 1'; .* is not .*'other'"),
         (lambda c: c.pop("splits"), "is not \\('splits'\\)"),
-        (lambda c: c["splits"].update(extra=[]), r"splits that the data has \(train, val, test\); found extra"),
+        (lambda c: c["splits"].update(extra=[]), r"splits that the data has \(val, test\); found extra"),
+        (lambda c: c["splits"].update(train=[{}]), r"splits that the data has \(val, test\); found train"),
+        (lambda c: c["splits"].update(test=[]), r"at least one task for a split; found \[\] for test"),
+        (lambda c: c["splits"].update(test=3), "at least one task for a split; found 3 for test"),
         (lambda c: c["splits"]["test"][4]["classes"].__setitem__(0, "yak"), "found 'yak' in task 4"),
         (lambda c: c["splits"]["test"][4]["query"][1].__setitem__(0, "no.png"), "found 'no.png' in task 4"),
         (lambda c: c["splits"]["test"][0]["query"][1].pop(), "as many images for each of its classes; .* in task 0"),
@@ -97,6 +100,32 @@ def test_an_image_twice_is_refused(tmp_path):
     change(path, lambda c: c["splits"]["val"][0]["query"][0].__setitem__(0, c["splits"]["val"][0]["support"][0][0]))
     with pytest.raises(ValueError, match="an image twice in task 0"):
         module(named(), episodes=path).setup()
+
+
+def test_a_class_twice_is_refused(tmp_path):
+    path = tmp_path / "episodes.json"
+    data = module(named())
+    data.save_episodes(path)
+    label, items = next(iter(data._pools["val"].members.items()))
+    names = [data._pools["val"].item_names()[item] for item in items]
+
+    def edit(content):
+        task = content["splits"]["val"][0]
+        task["classes"] = [label, label]
+        task["support"], task["query"] = [names[:1], names[1:2]], [names[2:3], names[3:4]]
+
+    change(path, edit)
+    with pytest.raises(ValueError, match="a class twice in task 0"):
+        module(named(), episodes=path).setup()
+
+
+@pytest.mark.parametrize("items", [[({"x": 1}, "a")] * 400, ["same"] * 400, ["too", "few"]])
+def test_a_dataset_s_own_items_are_names_only_if_they_name_items(tmp_path, items):
+    data, plain = numbered(), module()
+    data.items = items
+    module(data).save_episodes(tmp_path / "episodes.json")
+    plain.save_episodes(tmp_path / "plain.json")
+    assert (tmp_path / "episodes.json").read_text() == (tmp_path / "plain.json").read_text()
 
 
 def test_other_data_is_noticed(tmp_path):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from lightning_imaml.data import EpisodicDataModule, LabelledTensors
@@ -314,6 +315,26 @@ def test_test_data_alone_is_enough():
 def test_fewer_tasks_than_processes():
     with pytest.raises(ValueError, match="test_tasks must be at least the number of processes, 3; found 2"):
         on_rank(module(test_tasks=2), 0, 3).test_dataloader()
+
+
+class Ragged(Dataset):
+    targets = [index % 10 for index in range(50)]  # noqa: RUF012
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, index):
+        return self.kind(index), self.targets[index]
+
+
+@pytest.mark.parametrize("kind", [lambda index: torch.zeros(3, 8 + index), lambda _: Image.new("L", (8, 8))])
+def test_inputs_that_cannot_be_stacked(kind):
+    data = module(Ragged(kind), ways=2, queries=2, class_split=(1, 0, 0))
+    with pytest.raises(ValueError, match=r"the inputs of Ragged must be tensors of one shape, .* Resize and ToTensor"):
+        next(iter(data.train_dataloader()))
 
 
 class Stream(IterableDataset):

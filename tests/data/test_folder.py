@@ -103,6 +103,35 @@ def test_folders_of_splits(root):
         module(base).setup()
 
 
+def test_a_folder_beside_the_splits_is_named(root):
+    base = root.parent / "splits"
+    for split, name in {"train": "bee", "validation": "gnu"}.items():
+        shutil.copytree(root / name, base / split / name)
+        shutil.copytree(root / "dog", base / split / f"dog of {split}")
+    (base / "notes").mkdir()
+    with pytest.warns(UserWarning, match="train in .* are taken for splits, so validation beside them is left out. Re"):
+        module(base).setup()
+
+
+def test_a_class_may_be_called_as_a_split_is(root):
+    base = root.parent / "vehicles"
+    for name, copy in {"bee": "train", "gnu": "bus"}.items():
+        shutil.copytree(root / name, base / copy)
+    data = module(base)
+    data.setup()
+    assert {label: len(items) for label, items in data._pools["train"].members.items()} == {"train": 500, "bus": 30}
+
+
+def test_splits_that_lie_deeper_are_no_classes(root):
+    base = root.parent / "around" / "data"
+    for split, name in {"train": "bee", "test": "gnu"}.items():
+        shutil.copytree(root / name, base / split / name)
+    shutil.make_archive(str(root.parent / "packed"), "zip", base)
+    for place in (base.parent, root.parent / "packed.zip"):
+        with pytest.raises(ValueError, match=r"must lie in root itself; found test, train further inside"):
+            module(place).setup()
+
+
 def test_a_folder_around_the_classes_does_not_matter(root):
     (root / "cat" / "004.png").unlink()
     shutil.make_archive(str(root.parent / "packed"), "zip", root.parent, "animals")
@@ -134,6 +163,11 @@ def test_a_split_file(root, tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             module(root, split_file=path).setup()
+    path.write_text("class,split\nbee,train\ngnu,train\n", encoding="utf-8-sig")  # as spreadsheets save it
+    module(root, split_file=path).setup()
+    path.write_bytes(b"class,split\nb\xe9e,train\n")
+    with pytest.raises(ValueError, match=r"must be encoded in UTF-8; '.*split.csv' is not"):
+        module(root, split_file=path).setup()
     with pytest.raises(FileNotFoundError, match=r"split_file must be a CSV file .* found nothing at '.*none.csv'"):
         module(root, split_file=tmp_path / "none.csv").setup()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import pickle
 import shutil
 import zipfile
@@ -137,6 +139,54 @@ def test_a_damaged_archive_names_its_file(tree, tmp_path):
         load(missing, tmp_path / "cache")
 
 
+def test_an_archive_that_is_none_is_named(tmp_path):
+    path = tmp_path / "tree.zip"
+    path.write_bytes(b"PK half a download")
+    with pytest.raises(ValueError, match=r"must be a whole .zip file; '.*tree.zip' is not \(.*\)\. Fetch it anew"):
+        find_classes(path)
+
+
+def test_a_file_that_is_twice_in_an_archive_counts_once(tree, tmp_path):
+    path = tmp_path / "tree.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("cat/1.png", "cat/2.PNG"):
+            archive.write(tree / name, name)
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.write(tree / "cat" / "1.png", "cat/1.png")
+    assert [file.name for file in find_classes(path)["cat"]] == ["cat/1.png", "cat/2.PNG"]
+
+
+def test_links_in_circles_count_once(tree):
+    (tree / "cat" / "self").symlink_to(tree / "cat")
+    (tree / "dog" / "all").symlink_to(tree)
+    outside = tree.parent / "outside"
+    save(outside / "6.png", np.zeros((8, 8, 3)))
+    (tree / "cat" / "more").symlink_to(outside)
+    found = {label: [file.name for file in files] for label, files in find_classes(tree).items()}
+    assert found["cat"] == ["cat/1.png", "cat/2.PNG", "cat/more/6.png"]
+    assert found["dog"] == ["dog/a/3.png", "dog/b/4.png"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tree, monkeypatch):
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*tree/dog'"):
+        find_classes(tree)
+
+
+def test_names_that_are_not_unicode(tree, tmp_path):
+    os.rename(tree / "cat", os.fsencode(tree) + b"/caf\xe9")  # noqa: PTH104 - a path of bytes
+    classes = find_classes(tree)
+    assert [os.fsencode(label) for label in classes] == [b"caf\xe9", b"dog", b"empty"]
+    assert len(load(classes, tmp_path / "cache").source) == 4
+
+
 def test_the_cache_follows_the_files(tree, tmp_path, monkeypatch):
     first = load(find_classes(tree), tmp_path)
     monkeypatch.setattr(images, "_read_all", None)
@@ -167,3 +217,25 @@ def test_images_can_stay_on_disk(tree, tmp_path, packed):
         break_file(tree, "half")
         with pytest.raises(ValueError, match=r"dog/a/3\.png is not"):
             lazy[2]
+
+
+def test_a_forked_worker_opens_the_archive_anew(tree, tmp_path):
+    """Processes that share an open file share its position too."""
+    place = tmp_path / "tree.zip"
+    shutil.make_archive(str(place.with_suffix("")), "zip", tree)
+    lazy = LazyImages(find_classes(place), COLOUR)
+    image, _ = lazy[0]
+    mine = lazy.reader
+    fork = multiprocessing.get_context("fork")
+    answers = fork.SimpleQueue()
+
+    def work():
+        there, _ = lazy[0]
+        answers.put((torch.equal(there, image), lazy.reader is mine))
+
+    worker = fork.Process(target=work)
+    worker.start()
+    worker.join()
+    assert answers.get() == (True, False)
+    lazy[1]
+    assert lazy.reader is mine  # and stays open in one process

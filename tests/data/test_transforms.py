@@ -147,6 +147,34 @@ def test_rotated_classes():
     assert episode.support_inputs.shape == (2, 2, 1, 4, 4)
 
 
+def test_transformed_classes():
+    """Mirrored and inverted classes beside the rotated ones, by NumPy's own flip and difference."""
+    own = {"mirrored": v2.functional.hflip, "inverted": lambda images: 1 - images}
+    data, plain = module(rotations=True, class_transforms=own), module()
+    data.setup()
+    plain.setup()
+    pool, upright = data._pools["train"], list(plain._pools["train"].members)
+    endings = ["", "/rot90", "/rot180", "/rot270", "/mirrored", "/inverted"]
+    assert list(pool.members) == [name + ending for ending in endings for name in upright]
+    assert data._pools["test"].members.keys() == plain._pools["test"].members.keys()
+    originals = images().tensors[0].numpy() / 255
+    name = upright[0]
+    for ending, expected in {"mirrored": np.flip(originals, axis=-1), "inverted": 1 - originals}.items():
+        found = pool.source.fetch(torch.from_numpy(pool.members[f"{name}/{ending}"]))
+        np.testing.assert_allclose(found, expected[pool.members[name]], atol=1e-6)
+    alone = module(class_transforms={"mirrored": v2.functional.hflip})
+    alone.setup()
+    assert len(alone._pools["train"].members) == 2 * len(upright)
+
+
+def test_transforms_of_classes_keep_the_shape():
+    data = module(class_transforms={"cut": lambda images: images[..., :2]})
+    with pytest.raises(
+        ValueError, match=r"found that 'cut' makes \[\d+, 1, 4, 2\] of \[\d+, 1, 4, 4\]\. Resize or crop"
+    ):
+        list(data.train_dataloader())
+
+
 def test_rotations_need_squares():
     data = TensorDataset(torch.zeros(100, 1, 4, 6), torch.arange(100) % 10)
     with pytest.raises(ValueError, match=r"rotations need square images \[C, S, S\]; found \[1, 4, 6\]"):

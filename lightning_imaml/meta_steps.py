@@ -1,0 +1,124 @@
+"""Makes the Trainer count meta-steps where it counts batches: validation, rows of the loggers, estimated steps."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+def begin_next_epoch(trainer: Trainer) -> None:
+    """Where a checkpoint was saved after an epoch had ended, begin the next one; call it in ``on_train_start``.
+
+    Lightning 2.6 goes on in the finished epoch: it calls ``on_train_epoch_end`` again, and where that epoch did not end
+    with a validation it first takes a batch more, so that all later meta-steps would be of other batches.
+    """
+    loop: Any = trainer.fit_loop
+    epochs, batches = loop.epoch_progress, loop.epoch_loop.batch_progress
+    of_epochs = {epochs.total.ready, epochs.total.started, epochs.total.processed}
+    ended = len(of_epochs) == 1 and epochs.total.completed >= epochs.total.processed - 1
+    if not loop.epoch_loop.restarting or not batches.is_last_batch or not ended:
+        return
+    if loop.restarted_on_epoch_end:
+        epochs.increment_completed()
+    loop.reset_restart_stage()
+    batches.reset_on_run()
+
+
+class MetaSteps(Callback):
+    """What an :class:`~lightning_imaml.IMAMLModule` brings along where a batch need not be a meta-step.
+
+    In manual optimization the Trainer takes every batch for a step. Where ``accumulate_meta_batches`` batches are one:
+
+    - a whole ``val_check_interval`` counts the meta-steps of an epoch, or with ``check_val_every_n_epoch=None`` those
+      of the run (``trainer.global_step``); a fraction is of the epoch's meta-steps, rounded down, at least one. An
+      epoch's last meta-step counts, also where it has fewer batches;
+    - ``log_every_n_steps`` counts meta-steps, and a row of the loggers has the number of its meta-step, from 0;
+    - ``trainer.estimated_stepping_batches``, the length of many schedules, is in meta-steps.
+
+    Validation by the clock, and at the end of an iterable dataset of unknown length, stay as they are.
+
+    Args:
+        batches: the batches of a meta-step.
+    """
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+        self._log_every: int | None = None
+        self._steps = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Tell the Trainer how many batches a step has, which its own argument must not in manual optimization."""
+        if stage == "fit":
+            trainer.accumulate_grad_batches = self.batches
+            self._log_every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the interval, and go on where a checkpoint was saved.
+
+        Raises:
+            ValueError: an epoch has fewer meta-steps than the interval, so that it would never come.
+        """
+        of_epoch = trainer.num_training_batches / self.batches
+        interval = getattr(trainer, "val_check_interval", None)  # None by the clock.
+        within = trainer.check_val_every_n_epoch is not None and trainer.enable_validation
+        if within and isinstance(interval, int) and interval > math.ceil(min(of_epoch, sys.maxsize)):
+            raise ValueError(
+                f"val_check_interval must be at most the meta-steps of an epoch; found {interval} meta-steps of "
+                f"{self.batches} batches, and {trainer.num_training_batches} batches an epoch. Lower it, or set "
+                "check_val_every_n_epoch=None to count across epochs."
+            )
+        # ``processed``: a batch that failed halfway is counted as ready and is run again on a resume.
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+        self._plan_validation(trainer, progress.current.processed, progress.is_last_batch)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Number the coming rows of the loggers by the meta-steps that were taken."""
+        self._restore_logging(trainer)
+        self._steps = trainer.global_step
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Validate now, or not; write a row only of a meta-step that was taken."""
+        stepped = trainer.global_step > self._steps
+        self._plan_validation(trainer, batch_idx + 1, trainer.is_last_batch, stepped)
+        if not stepped:
+            trainer.log_every_n_steps = 0  # type: ignore[attr-defined]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the Trainer back as it was."""
+        self._restore(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the Trainer back as it was."""
+        self._restore(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the Trainer back as it was, also where there was nothing to train."""
+        self._restore(trainer)
+
+    def _restore(self, trainer: Trainer) -> None:
+        trainer.accumulate_grad_batches = 1
+        self._restore_logging(trainer)
+
+    def _restore_logging(self, trainer: Trainer) -> None:
+        if self._log_every is not None:
+            trainer.log_every_n_steps = self._log_every  # type: ignore[attr-defined]
+
+    def _plan_validation(self, trainer: Trainer, done: int, last: bool, stepped: bool = True) -> None:
+        """Make the Trainer validate after these batches of the epoch or not, by the interval that it compares with."""
+        if trainer.val_check_batch is None or trainer.val_check_batch == math.inf:  # By the clock; at an unknown end.
+            return
+        interval = trainer.val_check_interval
+        if not isinstance(interval, int):
+            interval = max(1, int(math.ceil(trainer.num_training_batches / self.batches) * interval))
+        ends = done % self.batches == 0 or last
+        if trainer.check_val_every_n_epoch is None:
+            due = ends and stepped and trainer.global_step % interval == 0
+        else:
+            due = ends and math.ceil(done / self.batches) % interval == 0
+        trainer.val_check_batch = 1 if due else sys.maxsize
