@@ -215,7 +215,10 @@ def test_an_unknown_key_of_a_file_is_refused_with_the_nearest_valid_name(written
 CHANGES = [
     "--model.init_args.loss", "torch.nn.functional.cross_entropy",
     "--model.init_args.regularizer", "lightning_imaml.regularizers.Proximal",
+    "--model.init_args.regularizer.init_args.strength", '{"features.*": 2.0, "*": 0.5}',
     "--model.init_args.regularizer.init_args.learned", "true",
+    "--model.init_args.regularizer.init_args.per", "layer",
+    "--model.init_args.regularizer.init_args.bounds", "[0.01, 10.0]",
     "--model.init_args.regularizer_lr", "0.5",
     "--model.init_args.inner_solver_lr", "0.25",
     "--model.init_args.adapt_only", '["classifier.*"]',
@@ -245,7 +248,8 @@ def test_every_option_of_the_module_is_reachable_and_printed(capsys):
     assert printed["on_bad_task"] == "skip"
     assert printed["adapt_only"] == ["classifier.*"]
     assert printed["gradient_clip_val"] == 2.5
-    assert printed["regularizer"]["init_args"]["learned"] is True
+    expected = {"strength": {"features.*": 2.0, "*": 0.5}, "learned": True, "per": "layer", "bounds": [0.01, 10.0]}
+    assert printed["regularizer"]["init_args"] == expected
     assert printed["lr_scheduler"]["init_args"]["step_size"] == 3
 
 
