@@ -66,7 +66,8 @@ def test_no_file_is_long(path):
 # Each room may import from the rooms before it.
 ROOMS = [
     "_version", "component", "phases", "episodes", "bad_tasks", "attention", "random_states", "regularizers",
-    "matrix_form", "compilation", "tasks", "chunks", "curvature", "linear", "inner", "meta_gradients", "functional", "metrics", "task_mean", "outer_step",
+    "matrix_form", "compilation", "tasks", "chunks", "curvature", "linear", "inner",
+    "meta_gradients", "functional", "metrics", "task_mean", "outer_step",
     "checkpoints", "module", "callbacks", "data", "models", "cli",
 ]  # fmt: skip
 
