@@ -17,7 +17,7 @@ from lightning_imaml.functional import adapt, evaluate, meta_gradient, predict
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.linear import Direct
 from lightning_imaml.meta_gradients import FirstOrder, Implicit, Unrolled
-from lightning_imaml.models import SupportNorm, use_support_statistics
+from lightning_imaml.models import Checkpointed, SupportNorm, use_support_statistics
 from lightning_imaml.regularizers import Proximal
 
 WAYS, TASKS = 3, 2
@@ -205,6 +205,15 @@ def test_chunks_change_nothing():
     for name, gradient in whole.grads.items():
         torch.testing.assert_close(parts.grads[name], gradient)
     torch.testing.assert_close(parts.query_outputs, whole.query_outputs)
+
+
+@pytest.mark.parametrize("estimator", [Implicit(Direct()), Unrolled()])
+def test_layers_that_are_computed_again_find_the_same_support_set(estimator):
+    plain = nn.Sequential(network()[:4], network()[4:])
+    saving = nn.Sequential(Checkpointed(network()[:4]), network()[4:])
+    expected, found = (meta_gradient(m, tasks(), estimator=estimator, **settings(3)) for m in (plain, saving))
+    for one, other in zip(expected.grads.values(), found.grads.values(), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.slow  # Compiles an inner loop and a query gradient.
