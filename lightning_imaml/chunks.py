@@ -69,7 +69,13 @@ def even(tasks: int, most: int) -> int:
 def _bytes_of_a_task(model: FlatModel, inputs: Any) -> int:
     """About what the graph of one task's forward pass keeps, its parameters included."""
     one = pytree.tree_map(lambda t: t[:1], inputs)
-    key = tuple((t.shape, t.dtype) for t in pytree.tree_leaves(one)), model.names, model.dtype, model.device
+    key = (
+        tuple((t.shape, t.dtype) for t in pytree.tree_leaves(one)),
+        model.names,
+        model.shared,
+        model.dtype,
+        model.device,
+    )
     known = _known.setdefault(model.module, {})
     if key not in known:
         kept: dict[int, int] = {}

@@ -66,7 +66,7 @@ class Positive:
     def values(self, learned: Mapping[str, Tensor], like: Tensor) -> Tensor | float:
         """The numbers themselves: one for all, or ``[D]`` with the dtype and device of ``like``."""
         if not self.learned:
-            return self.start[0] if len(self.start) == 1 else self._spread(like.new_tensor(self.start))
+            return self.start[0] if len(self.start) == 1 else self._fixed(like)
         raw = learned[self.leaf]
         positive = raw.exp() if self.bounds is None else self._between(raw, *self.bounds)
         if self.every_entry and self.layout is not None:
@@ -78,6 +78,12 @@ class Positive:
         assert self.layout is not None
         sizes = zip(self.groups, self.layout.sizes, strict=True)
         return torch.cat([values[group].expand(size) for group, size in sizes])
+
+    def _fixed(self, like: Tensor) -> Tensor:
+        # On the device from the start: a tensor of the values would be copied there in every step.
+        assert self.layout is not None
+        sizes = zip(self.groups, self.layout.sizes, strict=True)
+        return torch.cat([like.new_full((size,), self.start[group]) for group, size in sizes])
 
     def _raw(self, value: float) -> float:
         if self.bounds is None:

@@ -129,7 +129,7 @@ class FlatModel:
 
     def signature(self) -> Hashable:
         """What a function of the network may depend on besides tensors."""
-        return weakref.ref(self.module), tuple(m.training for m in self.module.modules()), self.layout
+        return weakref.ref(self.module), tuple(m.training for m in self.module.modules()), self.layout, self.shared
 
     def __call__(
         self, parameters: Tensor, inputs: Any, state: Mapping[str, Tensor] | None = None, support: int = 0

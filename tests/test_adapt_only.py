@@ -153,6 +153,18 @@ def test_frozen_parameters_are_neither_adapted_nor_shared(tanh_net):
     assert set(run(tanh_net).grads) == {*HEAD, "hidden.weight"}
 
 
+def test_compiled_code_knows_frozen_from_shared_parameters(tanh_net, monkeypatch):
+    compilation._kept.clear()
+    monkeypatch.setattr(compilation, "_inductor", lambda graph: graph)
+    few = GradientDescent(0.2, 3)
+    for frozen in (False, True):
+        tanh_net.hidden.bias.requires_grad_(not frozen)
+        found = run(tanh_net, solver=few, compile=True).grads
+        assert ("hidden.bias" in found) != frozen
+        torch.testing.assert_close(found, run(tanh_net, solver=few).grads, rtol=1e-9, atol=1e-12)
+    compilation._kept.clear()
+
+
 def test_the_head_of_a_resnet_12_needs_less_memory():
     torch.manual_seed(0)
     net, episode = ResNet12(5, widths=(4, 4, 8, 8)), class_episode(1, shape=(3, 20, 20))
