@@ -231,17 +231,7 @@ def test_the_loss_of_a_second_derivative_is_pytorchs_own():
 def graphs(monkeypatch):
     """What is compiled, without the compiler, which takes a minute."""
     found = []
-
-    def keep(graph):
-        for node in graph.graph.nodes:
-            # Recorded with strides that a kernel called as it is need not have; the compiler sees to its own.
-            if node.target is torch.ops.aten.view.default:
-                node.target = torch.ops.aten.reshape.default
-        graph.recompile()
-        found.append(graph)
-        return graph
-
-    monkeypatch.setattr(compilation, "_inductor", keep)
+    monkeypatch.setattr(compilation, "_inductor", lambda graph: found.append(graph) or graph)
     compilation._kept.clear()
     return found
 
