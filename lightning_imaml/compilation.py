@@ -189,9 +189,11 @@ def _compile(
     begin = time.perf_counter()
     with warnings.catch_warnings(), MatrixForm() if batch.tasks > 1 else nullcontext():
         warnings.simplefilter("ignore")  # Of the compiler about itself.
-        graph = make_fx(flat, tracing_mode="fake")(*example)
+        graph = _with_any_strides(make_fx(flat, tracing_mode="fake")(*example))
     if any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in graph.graph.nodes):
-        graph = _without_writing(graph, example)
+        # In place, as PyTorch's second derivative of LayerNorm writes. Neither cutting a graph nor leaving out what
+        # nobody reads could stand that.
+        graph = _with_any_strides(make_fx(functionalize(graph), tracing_mode="fake")(*example))
     graph.graph.eliminate_dead_code()
     graph.recompile()
     with warnings.catch_warnings():
@@ -202,17 +204,14 @@ def _compile(
     return compiled
 
 
-def _without_writing(graph: fx.GraphModule, example: list[Tensor]) -> fx.GraphModule:
-    """Replace operations that write in place, as PyTorch's second derivative of LayerNorm has.
-
-    Neither cutting a graph nor leaving out what nobody reads could stand them.
-    """
+def _with_any_strides(graph: fx.GraphModule) -> fx.GraphModule:
+    """Let views copy where they must: kernels and the compiler may lay tensors out otherwise than was recorded."""
     views = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
     for node in graph.graph.nodes:
-        if node.target in views:  # What is not written into the first one's memory may lie in memory otherwise.
+        if node.target in views:
             node.target = torch.ops.aten.reshape.default
     graph.recompile()
-    return make_fx(functionalize(graph), tracing_mode="fake")(*example)
+    return graph
 
 
 class _Whole:
