@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -110,7 +110,7 @@ class OuterStep(LightningModule):
     accumulate_meta_batches: int
     lr_scheduler_monitor: str | None
     on_bad_task: Literal["raise", "skip"]
-    _tasks_of_step = 0
+    _tasks_of_step: int | None = 0
     _empty_steps = 0
     _clipped = False
     resumed_state: dict[str, Any] | None = None
@@ -118,12 +118,17 @@ class OuterStep(LightningModule):
     _values: list[tuple[int, dict[str, Tensor]]]
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies that shard the parameters; tell weight averaging that there are no running statistics."""
+        """Refuse what shards the parameters or joins ranks' statistics; tell weight averaging that there are none."""
         if isinstance(self.trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
             raise ValueError(
                 f"strategy must keep all parameters on every rank, since each task adapts its own copy of all of them; "
                 f"found {type(self.trainer.strategy).__name__}, which shards them. Use strategy='ddp'; a smaller "
                 "chunk_size saves memory instead."
+            )
+        if self.trainer.world_size > 1 and getattr(self.trainer.strategy, "_layer_sync", None) is not None:
+            raise ValueError(
+                "sync_batchnorm must be off, since the statistics of a batch are one task's, and ranks have different "
+                "tasks; found it on. Leave it out."
             )
         for callback in self._averaging():
             # Lightning's callback would renew running statistics, and fails where BatchNorm has none.
@@ -144,16 +149,16 @@ class OuterStep(LightningModule):
         In the middle of a meta-step, every rank's gradients are its own, and rank zero writes those of all.
         """
         state: dict[str, Any] = {"seed": self._seed, "ranks": self.trainer.world_size}
-        if not self._tasks_of_step:  # The same on all ranks.
+        if self._tasks_of_step == 0 or self.accumulate_meta_batches == 1:
             return state
         gradients = {name: p.grad.cpu() for name, p in self.named_parameters() if p.grad is not None}
         mine = {"tasks": self._tasks_of_step, "batch": self._batches_done(), "gradients": gradients}
-        shares = gather(self.trainer, self._meta_steps().group, mine)
+        shares = None if self._tasks_of_step is None else gather(self.trainer, self._meta_steps().group, mine)
         if shares is None or len({(share["tasks"], share["batch"]) for share in shares}) > 1:
             rank_zero_warn(
-                "all ranks must be at the same batch to save the gradients of an unfinished meta-step; found "
-                "that not all of them answer, or that they are elsewhere, as after an error on one rank. The "
-                "checkpoint is saved without these gradients: after a resume, this meta-step will have fewer tasks."
+                "all ranks must be between the same batches to save the gradients of an unfinished meta-step; found "
+                "that some do not answer, or are elsewhere, as after an error on one rank. The checkpoint is saved "
+                "without these gradients: after a resume, this meta-step will have fewer tasks."
             )
             return state
         return state | {"shares": shares}
@@ -293,20 +298,17 @@ class OuterStep(LightningModule):
         """
         # The mean over all tasks of all batches and ranks, however many were left out where: sums are accumulated, and
         # divided once. DDP averages over ranks.
-        self._tasks_of_step += sum(counts)
-        share = float(tasks * len(counts))
+        total, share = (self._tasks_of_step or 0) + sum(counts), float(tasks * len(counts))
+        self._tasks_of_step = None  # Not known while gradients change: an error may end this in the middle.
         if due:
-            share /= max(1, self._tasks_of_step)
+            share /= max(1, total)
             for parameter in self.parameters():
                 if parameter.grad is not None:
-                    parameter.grad /= max(1, self._tasks_of_step)
-        surrogate = surrogate * share
+                    parameter.grad /= max(1, total)
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
-        if due or block is None:
-            self.manual_backward(surrogate)
-        else:
-            with block():
-                self.manual_backward(surrogate)
+        with nullcontext() if due or block is None else block():
+            self.manual_backward(surrogate * share)
+        self._tasks_of_step = total
         if due:
             self._step()
 

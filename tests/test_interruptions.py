@@ -217,6 +217,28 @@ def test_a_resume_between_epochs_begins_the_next_one(tmp_path, epochs, accumulat
     torch.testing.assert_close(weights(second), weights(expected), rtol=0, atol=0)
 
 
+def test_a_checkpoint_that_cannot_hold_the_accumulated_gradients_says_so(tmp_path):
+    """An error in the middle of adding a batch's gradient to the others: what is in ``.grad`` is not known."""
+    model, calls = module(accumulate_meta_batches=3), []
+
+    def fails(loss, backward=model.manual_backward):
+        calls.append(loss)
+        if len(calls) == 5:  # In the second meta-step.
+            raise OSError("in the backward pass")
+        backward(loss)
+
+    model.manual_backward = fails
+    saver = ModelCheckpoint(tmp_path, filename="stopped", save_on_exception=True, every_n_train_steps=10**6)
+    with (
+        pytest.warns(UserWarning, match="saved without these gradients"),
+        pytest.raises(OSError, match="in the backward pass"),
+    ):
+        trainer(tmp_path, saver).fit(model, datamodule=data())
+    (checkpoint,) = tmp_path.glob("*.ckpt")
+    assert "shares" not in torch.load(checkpoint, weights_only=True)["lightning_imaml"]["outer_step"]
+    trainer(tmp_path, max_steps=3).fit(module(accumulate_meta_batches=3), datamodule=data(), ckpt_path=checkpoint)
+
+
 @pytest.mark.parametrize("stop", [2, 5, 7])
 def test_dropout_goes_on_with_the_masks_of_an_uninterrupted_run(tmp_path, stop):
     expected, first, second = (module(dropout=0.5) for _ in range(3))

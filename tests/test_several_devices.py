@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from two_processes import METHODS, data, module, trainer, weights
 
@@ -126,13 +126,33 @@ def test_different_numbers_of_batches_are_refused_on_all_ranks(results):
     assert first["unequal"] == second["unequal"]
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
-def test_sharded_strategies_are_refused_with_the_reason(strategy, monkeypatch):
-    run, model = Trainer(accelerator="cpu", devices=1, logger=False), IMAMLModule(nn.Linear(2, 2))
+SHARDED = [FSDPStrategy, ModelParallelStrategy, lambda: DeepSpeedStrategy.__new__(DeepSpeedStrategy)]
+
+
+@pytest.mark.parametrize("make", SHARDED, ids=["FSDP", "model parallel", "DeepSpeed, which is not installed"])
+def test_sharded_strategies_are_refused_with_the_reason(make, monkeypatch):
+    run, model, strategy = Trainer(accelerator="cpu", devices=1, logger=False), IMAMLModule(nn.Linear(2, 2)), make()
     model.trainer = run
-    monkeypatch.setattr(run._accelerator_connector, "strategy", strategy.__new__(strategy))
-    with pytest.raises(ValueError, match=rf"each task adapts its own copy .*; found {strategy.__name__}, which shards"):
+    monkeypatch.setattr(run._accelerator_connector, "strategy", strategy)
+    words = rf"each task adapts its own copy .*; found {type(strategy).__name__}, which shards"
+    with pytest.raises(ValueError, match=words):
         model.setup("fit")
+
+
+def test_statistics_over_ranks_are_refused():
+    model = module()
+    model.trainer = trainer(2, sync_batchnorm=True)
+    with pytest.raises(ValueError, match="sync_batchnorm must be off, since the statistics of a batch are one task's"):
+        model.setup("fit")
+
+
+def test_evaluation_with_loaders_of_unequal_length_is_over_all_tasks(results):
+    """Loaders of a person's own: three batches on one rank, one on the other."""
+    alone, first, second = (found["uneven evaluation"] for found in results)
+    assert first == second
+    assert set(first) == set(alone) >= {"val/loss", "val/accuracy", "val/accuracy_interval95"}
+    for name, value in alone.items():
+        assert first[name] == pytest.approx(value, rel=1e-5), name
 
 
 RESUMED = """

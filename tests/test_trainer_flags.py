@@ -105,6 +105,8 @@ FLAGS = {
     "detect_anomaly": ({"detect_anomaly": True}, lambda run, model: model.switches["detect_anomaly"]),
     "inference_mode": ({"inference_mode": False}, lambda run, model: model.switches["inference_mode"] is False),
     "profiler": ({"profiler": "simple"}, lambda run, model: "training_step" in run.profiler.summary()),
+    "sync_batchnorm": ({"sync_batchnorm": True}, lambda run, model: run.global_step == 4),  # Of one device: nothing.
+    "model_registry": ({"model_registry": "mine"}, lambda run, model: run.global_step == 4 and model.tested > 0),
     "barebones": ({"barebones": True}, lambda run, model: run.global_step == 4),
     "enable_progress_bar": (
         {"enable_progress_bar": True},
@@ -149,6 +151,14 @@ def test_log_every_n_steps_and_the_folder_of_the_run(tmp_path):
     run.fit(Counted(), loader(5))
     header, *rows = [line.split(",") for line in (Path(run.log_dir) / "metrics.csv").read_text().splitlines()]
     assert [row[header.index("step")] for row in rows if row[header.index("train/outer_loss")]] == ["1", "3"]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_enable_autolog_hparams(tmp_path, wanted):
+    run = trainer(logger=CSVLogger(tmp_path), enable_autolog_hparams=wanted, log_every_n_steps=1)
+    run.fit(Counted(), loader(1))
+    kept = Path(run.log_dir) / "hparams.yaml"
+    assert (kept.is_file() and "inner_solver" in kept.read_text()) is wanted
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,13 @@ def skipped_in_long_steps(processes: int) -> torch.Tensor:
     return weights(model)
 
 
+def uneven_evaluation(processes: int) -> dict[str, float]:
+    shares = [[[0, 1], [2], [3, 4, 5]], [[6, 7]]]
+    mine = shares[rank()] if processes > 1 else [*shares[0], *shares[1]]
+    run = trainer(processes, use_distributed_sampler=False, limit_val_batches=1.0)
+    return dict(run.validate(module(), batches(mine), verbose=False)[0])
+
+
 def error_of(run: Any, *args: Any, **settings: Any) -> str:
     try:
         run(*args, **settings)
@@ -222,6 +229,7 @@ def main(folder: Path, processes: int) -> None:
         "curve": curve(processes, folder),
         "skipped": skipped(processes),
         "warned": WARNED,
+        "uneven evaluation": uneven_evaluation(processes),
         "uneven batch": uneven_batch(processes),
         "skipped in long steps": skipped_in_long_steps(processes),
     }
