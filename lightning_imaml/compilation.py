@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, fx
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 # Below Lightning's logger, so that its handler shows compile times beside the Trainer's own messages.
 _log = logging.getLogger("lightning.pytorch.lightning_imaml")
 _MOST_KEPT = 256
+# What makes it worth to cut a graph: the operations that take most of a network's time.
+_WORK = {getattr(torch.ops.aten, name) for name in ("convolution", "mm", "bmm", "addmm", "baddbmm")}
 
 
 class Tasks(Protocol):
@@ -70,16 +73,32 @@ class _Known:
     structure: pytree.TreeSpec
     key: tuple[Hashable, ...]
     found: dict[Hashable, _Kept] = field(default_factory=dict)
+    once: dict[_Repeated, list[Tensor]] = field(default_factory=dict)
 
 
 _kept: dict[tuple[Hashable, tuple[Hashable, ...]], _Kept] = {}
 _known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
 
 
-def run(function: Callable[..., Any], batch: Tasks, *arguments: Tensor) -> Any:
-    """``function(batch, *arguments)``, compiled if the batch asks for it."""
-    compiled = _compiled(_name(function), function, batch, arguments, _Whole)
-    return function(batch, *arguments) if compiled is None else compiled(*_known[batch].leaves, *arguments)
+def run(function: Callable[..., Any], batch: Tasks, *arguments: Tensor, repeated: bool = False) -> Any:
+    """``function(batch, *arguments)``, compiled if the batch asks for it.
+
+    Args:
+        function: what to run.
+        batch: the tasks.
+        arguments: what it takes besides them.
+        repeated: whether it runs many times on the same batch. Compiled, what the batch alone decides is then computed
+            once, such as the features where the head alone adapts.
+    """
+    compiled = _compiled(_name(function), function, batch, arguments, _repeated if repeated else _Whole)
+    if compiled is None:
+        return function(batch, *arguments)
+    known = _known[batch]
+    if not isinstance(compiled, _Repeated):
+        return compiled(*known.leaves, *arguments)
+    if compiled not in known.once:
+        known.once[compiled] = compiled.before(*known.leaves)
+    return compiled(*arguments, *known.once[compiled])
 
 
 def run_linear(
@@ -107,7 +126,7 @@ def _name(function: Callable[..., Any]) -> Hashable:
 
 
 def _compiled(
-    name: Hashable, function: Callable[..., Any], batch: Tasks, arguments: tuple[Tensor, ...], kind: type[Any]
+    name: Hashable, function: Callable[..., Any], batch: Tasks, arguments: tuple[Tensor, ...], kind: Callable[..., Any]
 ) -> Callable[..., Any] | None:
     """The compiled function; None where it is to run as it is."""
     # A dispatch mode (a memory counter, a profiler) could not see into compiled code.
@@ -154,7 +173,7 @@ def _network(key: Hashable) -> Hashable:
 
 
 def _compile(
-    function: Callable[..., Any], batch: Tasks, known: _Known, arguments: tuple[Tensor, ...], kind: type[Any]
+    function: Callable[..., Any], batch: Tasks, known: _Known, arguments: tuple[Tensor, ...], kind: Callable[..., Any]
 ) -> Callable[..., Any]:
     results: list[pytree.TreeSpec] = []
     # Copies: arguments that are one tensor here, as two states of a solver may be at its start, later are not.
@@ -171,20 +190,35 @@ def _compile(
     with warnings.catch_warnings(), MatrixForm() if batch.tasks > 1 else nullcontext():
         warnings.simplefilter("ignore")  # Of the compiler about itself.
         graph = make_fx(flat, tracing_mode="fake")(*example)
+    if any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in graph.graph.nodes):
+        graph = _without_writing(graph, example)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        compiled: Callable[..., Any] = kind(graph, results[0], example)
+        compiled: Callable[..., Any] = kind(graph, results[0], example, len(known.leaves))
     name = getattr(function, "__qualname__", type(function).__qualname__)
     _log.info("compiled %s for %d tasks in %.0f s", name, batch.tasks, time.perf_counter() - begin)
     return compiled
 
 
+def _without_writing(graph: fx.GraphModule, example: list[Tensor]) -> fx.GraphModule:
+    """Replace operations that write in place, as PyTorch's second derivative of LayerNorm has.
+
+    Neither cutting a graph nor leaving out what nobody reads could stand them.
+    """
+    views = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+    for node in graph.graph.nodes:
+        if node.target in views:  # What is not written into the first one's memory may lie in memory otherwise.
+            node.target = torch.ops.aten.reshape.default
+    graph.recompile()
+    return make_fx(functionalize(graph), tracing_mode="fake")(*example)
+
+
 class _Whole:
     """A recorded function, compiled as it is."""
 
-    def __init__(self, graph: fx.GraphModule, form: pytree.TreeSpec, example: list[Tensor]) -> None:
+    def __init__(self, graph: fx.GraphModule, form: pytree.TreeSpec, example: list[Tensor], fixed: int) -> None:
         self.form = form
         self.function = _inductor(graph)
         self.function(*example)  # Compiles.
@@ -193,11 +227,47 @@ class _Whole:
         return pytree.tree_unflatten(self.function(*tensors), self.form)
 
 
+class _Repeated:
+    """A recorded function of (batch, arguments), cut where the arguments come in."""
+
+    def __init__(
+        self, before: fx.GraphModule, after: fx.GraphModule, form: pytree.TreeSpec, example: list[Tensor], fixed: int
+    ) -> None:
+        self.form = form
+        self.before, self.after = _inductor(before), _inductor(after)
+        self.after(*example[fixed:], *self.before(*example[:fixed]))
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        return pytree.tree_unflatten(self.after(*tensors), self.form)
+
+
+def _repeated(graph: fx.GraphModule, form: pytree.TreeSpec, example: list[Tensor], fixed: int) -> _Repeated | _Whole:
+    """Cut after the ``fixed`` tensors of the batch, where that saves something and changes nothing."""
+    inputs, outputs = _ends(graph)
+    # Random numbers are drawn anew in every call.
+    random = [node for node in graph.graph.nodes if _has(node, torch.Tag.nondeterministic_seeded)]
+    late = _late(graph, [*inputs[fixed:], *random])
+    saves, meets = False, False
+    for node in graph.graph.nodes:
+        if node.op != "call_function":
+            continue
+        saves |= node not in late and getattr(node.target, "overloadpacket", None) in _WORK
+        meets |= node in late and not late.issuperset(node.all_input_nodes)
+        # In place, what the batch decides would change from call to call, or before its earlier readers have read it.
+        if meets and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            return _Whole(graph, form, example, fixed)
+    if not saves:
+        return _Whole(graph, form, example, fixed)
+    before, after = _cut(graph, late, inputs[:fixed], inputs[fixed:], [], outputs)
+    return _Repeated(before, after, form, example, fixed)
+
+
 class _Linear:
     """A recorded function of (…, vector) with two results, cut where the vector comes in."""
 
-    def __init__(self, graph: fx.GraphModule, form: pytree.TreeSpec, example: list[Tensor]) -> None:
-        before, after = _cut(graph)
+    def __init__(self, graph: fx.GraphModule, form: pytree.TreeSpec, example: list[Tensor], fixed: int) -> None:
+        (*inputs, vector), (value, result) = _ends(graph)
+        before, after = _cut(graph, _late(graph, [vector]), inputs, [vector], [value], [result])
         self.before, self.after = _inductor(before), _inductor(after)
         _, product = self(*example[:-1])
         product(example[-1])
@@ -216,18 +286,33 @@ def _inductor(graph: fx.GraphModule) -> Callable[..., Any]:
     return torch.compile(graph, fullgraph=True, dynamic=False)
 
 
-def _cut(graph: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Cut (…, vector) ↦ [value, product] into (…) ↦ [value, *needed] and (vector, *needed) ↦ [product]."""
-    *inputs, vector = [node for node in graph.graph.nodes if node.op == "placeholder"]
+def _ends(graph: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The inputs and the outputs of a graph."""
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     (output,) = [node for node in graph.graph.nodes if node.op == "output"]
-    value, product = output.args[0]
-    late = {vector}
+    return inputs, list(output.args[0])
+
+
+def _late(graph: fx.GraphModule, starts: list[fx.Node]) -> set[fx.Node]:
+    """Some nodes and all that depend on them."""
+    late = set(starts)
     for node in graph.graph.nodes:
         if node.op != "output" and late.intersection(node.all_input_nodes):
             late.add(node)
+    return late
 
+
+def _cut(
+    graph: fx.GraphModule,
+    late: set[fx.Node],
+    early_inputs: list[fx.Node],
+    late_inputs: list[fx.Node],
+    early_outputs: list[fx.Node],
+    late_outputs: list[fx.Node],
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Cut a graph into (*early inputs) ↦ [*early outputs, *needed] and (*late inputs, *needed) ↦ [*late outputs]."""
     # What the compiler fuses into its reader costs less to compute again than to hand over.
-    queue, again = [product, *late], set[fx.Node]()
+    queue, again = [*late_outputs, *late], set[fx.Node]()
     needed: dict[fx.Node, None] = {}
     while queue:
         for source in queue.pop().all_input_nodes:
@@ -238,8 +323,7 @@ def _cut(graph: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
                 queue.append(source)
             else:
                 needed[source] = None
-    if product not in late:
-        needed[product] = None
+    needed |= {output: None for output in late_outputs if output not in late}
 
     def build(starts: list[fx.Node], kept: Callable[[fx.Node], bool], ends: list[fx.Node]) -> fx.GraphModule:
         part, copies = fx.Graph(), {}
@@ -253,14 +337,18 @@ def _cut(graph: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
         part.eliminate_dead_code()
         return fx.GraphModule(graph, part)
 
-    before = build(inputs, lambda node: node not in late, [value, *needed])
-    after = build([vector, *needed], lambda node: node in late or node in again, [product])
+    before = build(early_inputs, lambda node: node not in late, [*early_outputs, *needed])
+    after = build([*late_inputs, *needed], lambda node: node in late or node in again, late_outputs)
     return before, after
 
 
 def _is_fused(node: fx.Node) -> bool:
     operation = node.target
-    return isinstance(operation, torch._ops.OpOverload) and (operation.is_view or torch.Tag.pointwise in operation.tags)
+    return isinstance(operation, torch._ops.OpOverload) and (operation.is_view or _has(node, torch.Tag.pointwise))
+
+
+def _has(node: fx.Node, tag: torch.Tag) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and tag in node.target.tags
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:

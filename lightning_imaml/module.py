@@ -22,7 +22,7 @@ from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.meta_gradients import Estimator, Implicit
 from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, TaskMean, is_classification
-from lightning_imaml.outer_step import OuterStep, parameter_groups, surrogate, training_values
+from lightning_imaml.outer_step import OuterStep, parameter_groups, refuse_unreached, surrogate, training_values
 from lightning_imaml.phases import META_STEP, phase
 from lightning_imaml.regularizers import Proximal, Regularizer
 from lightning_imaml.tasks import FlatModel
@@ -288,13 +288,7 @@ class IMAMLModule(OuterStep):
     def on_train_start(self) -> None:
         """Refuse trainable parameters that no meta-gradient reaches, those of a loss for example."""
         super().on_train_start()
-        reached = {id(p) for part in (self.backbone, self.strengths, self.rates) for p in part.parameters()}
-        lost = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in reached]
-        if lost:
-            raise ValueError(
-                f"every trainable parameter must belong to the backbone, the regulariser or the inner solver; found "
-                f"{lost} elsewhere, which would never change. Move it into the backbone, or set requires_grad=False."
-            )
+        refuse_unreached(self, (self.backbone, self.strengths, self.rates))
 
     def training_step(self, batch: Episode, batch_idx: int) -> Tensor | None:
         """One meta-gradient, and an outer step when enough batches have been accumulated.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -45,6 +45,17 @@ def parameter_groups(module: nn.Module, apart: Mapping[nn.Module, tuple[str, flo
             groups.append({"params": own, "lr": lr, "name": name})
             parameters = [p for p in parameters if all(p is not other for other in own)]
     return [{"params": parameters, "name": "backbone"}, *groups] if groups else parameters
+
+
+def refuse_unreached(module: nn.Module, parts: Iterable[nn.Module]) -> None:
+    """Raise a ValueError that names the module's trainable parameters outside the parts that have a meta-gradient."""
+    reached = {id(p) for part in parts for p in part.parameters()}
+    lost = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in reached]
+    if lost:
+        raise ValueError(
+            f"every trainable parameter must belong to the backbone, the regulariser or the inner solver; found {lost} "
+            "elsewhere, which would never change. Move it into the backbone, or set requires_grad=False."
+        )
 
 
 def surrogate(result: MetaGradient, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -340,12 +340,12 @@ class InnerProblem:
 
     def value(self, parameters: Tensor) -> Tensor:
         """G: ``[T]``."""
-        value: Tensor = compilation.run(_value, self, parameters)
+        value: Tensor = compilation.run(_value, self, parameters, repeated=True)
         return value
 
     def gradient(self, parameters: Tensor) -> Tensor:
         """∇G: ``[T, D]``, differentiable again where gradients are enabled and the parameters require them."""
-        gradient: Tensor = compilation.run(_gradient, self, parameters)
+        gradient: Tensor = compilation.run(_gradient, self, parameters, repeated=True)
         return gradient
 
     def residual(self, parameters: Tensor) -> Tensor:

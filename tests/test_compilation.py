@@ -76,6 +76,98 @@ def test_recorded_graphs_give_the_same(recorded, tanh_net, solver, estimator):
     assert recorded
 
 
+@pytest.fixture
+def runs(monkeypatch):
+    """Record and cut graphs, run them as they are, and count how often each runs."""
+    counts: dict = {}
+
+    def keep(graph):
+        counts[graph] = 0
+
+        def counted(*tensors):
+            counts[graph] += 1
+            return graph(*tensors)
+
+        return counted
+
+    monkeypatch.setattr(compilation, "_inductor", keep)
+    return counts
+
+
+def runs_with(counts, operation) -> int:
+    """How often graphs with an operation have run."""
+    found = (graph for graph in counts if any(operation in str(node.target) for node in graph.graph.nodes))
+    return sum(counts[graph] for graph in found)
+
+
+class Body(TanhNet):
+    """A head on features that end with an operation of their own, which the compiler does not fuse."""
+
+    def forward(self, inputs):
+        return self.out(self.features(inputs).sort(dim=-1).values)
+
+    def features(self, inputs):
+        return torch.tanh(self.hidden(inputs))
+
+
+class Dropped(Body):
+    def features(self, inputs):
+        return F.dropout(super().features(inputs), 0.5)
+
+
+class InPlace(Body):
+    """Adds something of the head to the features in place."""
+
+    def forward(self, inputs):
+        features = self.features(inputs).sort(dim=-1).values
+        features.add_(self.out.bias.sum())
+        return self.out(features)
+
+
+class InPlaceBody(Body):
+    """In place, but before the head has a say."""
+
+    def features(self, inputs):
+        return self.hidden(inputs).relu_()
+
+
+def adapted_head(net, episode, compile):
+    support = episode.support_inputs, episode.support_targets
+    solver = GradientDescent(0.1, 9)
+    return adapt(net, *support, loss=F.mse_loss, inner_solver=solver, adapt_only=["out.*"], compile=compile).parameters
+
+
+@pytest.mark.parametrize("kind", [Body, InPlaceBody])
+def test_features_are_computed_once_where_the_head_alone_adapts(kind, runs):
+    """Once to compile and once for the batch, for the steps and for the residual each."""
+    torch.manual_seed(0)
+    net = kind().double()
+    for seed, count in ((0, 4), (1, 6)):
+        episode = regression_episode(seed=seed)
+        torch.testing.assert_close(adapted_head(net, episode, True), adapted_head(net, episode, False))
+        assert runs_with(runs, "sort") == count
+    assert max(runs.values()) == 1 + 2 * 9
+
+
+@pytest.mark.parametrize("kind", [Dropped, InPlace])
+def test_features_that_change_from_step_to_step_are_computed_in_each(kind, runs):
+    torch.manual_seed(0)
+    net = kind().double()
+    parameters = adapted_head(net, EPISODE, True)
+    assert runs_with(runs, "sort") >= 9 + 1
+    if kind is InPlace:
+        torch.testing.assert_close(parameters, adapted_head(net, EPISODE, False))
+
+
+def test_what_is_computed_once_is_differentiated_through_every_step(runs):
+    torch.manual_seed(0)
+    net = Body().double()
+    settings = {"loss": F.mse_loss, "adapt_only": ["out.*"], "inner_solver": Nesterov(0.1, 4), "estimator": Unrolled()}
+    plain, compiled = (meta_gradient(net, EPISODE, compile=compile, **settings) for compile in (False, True))
+    same(plain, compiled)
+    assert plain.grads["hidden.weight"].abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("chunk_size", [None, 1])
 def test_recorded_convolutions_give_the_same(recorded, chunk_size):
     """With weights that the rows hold in another order, and a network of one task that needs no batching."""

@@ -51,7 +51,7 @@ class GradientDescent(StepSizes):
 
     def step(self, problem: InnerProblem, state: State) -> tuple[State, Tensor]:
         """One gradient step for all tasks."""
-        following, gradient = compilation.run(self._descend, problem, *state)
+        following, gradient = compilation.run(self._descend, problem, *state, repeated=True)
         return (following,), gradient
 
     def _descend(self, problem: InnerProblem, parameters: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ class Nesterov(StepSizes):
 
     def step(self, problem: InnerProblem, state: State) -> tuple[State, Tensor]:
         """One accelerated step for all tasks."""
-        following, gradient = compilation.run(self._accelerate, problem, *state)
+        following, gradient = compilation.run(self._accelerate, problem, *state, repeated=True)
         return following, gradient
 
     def _accelerate(self, problem: InnerProblem, y: Tensor, x: Tensor, t: Tensor) -> tuple[State, Tensor]:
