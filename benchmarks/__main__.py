@@ -6,57 +6,31 @@ and the package. Before that all sides are compared in float64, so that nobody i
 gradient with λ = 100, where every system is definite: TorchOpt's conjugate gradient goes on where others stop.
 
     python -m benchmarks --omniglot PATH --mini-imagenet PATH    # without a path: random images of that size
+    python -m benchmarks --overhead      # instead: a training step under Lightning against the bare meta-gradient
+    python -m benchmarks --scaling       # instead: time a task against tasks a batch, ways and shots, and width
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import importlib
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.workloads import WORKLOADS, Settings, Workload
+from benchmarks import overhead, scaling
+from benchmarks.sides import Row, Side, operations, package, save
+from benchmarks.workloads import WORKLOADS, Workload
 from lightning_imaml import Episode
-from lightning_imaml.functional import meta_gradient
-from lightning_imaml.inner import GradientDescent
-from lightning_imaml.linear import ConjugateGradient
-from lightning_imaml.meta_gradients import Estimator, Implicit, Unrolled
-from lightning_imaml.regularizers import NoRegularizer, Proximal, Regularizer
 
-Side = Callable[[nn.Module, Episode, Settings], dict[str, Tensor]]
-Row = dict[str, str | int | float]
 PEERS = {
     "implicit": {"sequential loop": "sequential", "TorchOpt": "torchopt_imaml"},
     "unrolled": {"higher": "higher_maml", "learn2learn": "learn2learn_maml"},
 }
-
-
-def package(gradient: str, chunk_size: int | None = None, compile: bool = False) -> Side:
-    """The package with the settings' solvers."""
-
-    def side(model: nn.Module, episode: Episode, settings: Settings) -> dict[str, Tensor]:
-        estimator: Estimator = Implicit(ConjugateGradient(settings.cg_steps)) if gradient == "implicit" else Unrolled()
-        regularizer: Regularizer = Proximal(settings.strength) if gradient == "implicit" else NoRegularizer()
-        return meta_gradient(
-            model,
-            episode,
-            inner_solver=GradientDescent(settings.lr, settings.steps),
-            estimator=estimator,
-            regularizer=regularizer,
-            chunk_size=chunk_size,
-            compile=compile,
-        ).grads
-
-    return side
 
 
 def sides(gradient: str) -> dict[str, Side]:
@@ -94,14 +68,6 @@ def gemm_rate() -> float:
             a @ a
             best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
-
-
-def operations(workload: Workload, episode: Episode, gradient: str) -> float:
-    """Floating-point operations of one task's meta-gradient, counted."""
-    one = Episode(*(part[:1] for part in episode))
-    with FlopCounterMode(display=False) as counter:
-        package(gradient, chunk_size=1)(workload.network(), one, workload.settings)
-    return float(counter.get_total_flops())
 
 
 def measure(name: str, workload: Workload, episode: Episode, gradient: str, repeats: int) -> list[Row]:
@@ -160,15 +126,24 @@ def main(args: list[str] | None = None) -> list[Row]:
     parser.add_argument("--mini-imagenet", type=Path, help="the folder of mini-ImageNet")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--gradients", nargs="+", choices=PEERS, default=list(PEERS))
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--overhead", action="store_true", help=overhead.__doc__.splitlines()[0])
+    kind.add_argument("--scaling", action="store_true", help=scaling.__doc__.splitlines()[0])
+    parser.add_argument("--compile", action="store_true", help="with --overhead and --scaling: compiled")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("results"))
     options = parser.parse_args(args)
     options.output.mkdir(parents=True, exist_ok=True)
+    roots = {"omniglot": options.omniglot, "mini-imagenet": options.mini_imagenet}
+    if options.scaling:
+        return scaling.run(options.repeats, options.compile, options.output)
+    if options.overhead:
+        return overhead.run(options.workloads, roots, options.repeats, options.compile, options.output)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32; ms a task")
     rows: list[Row] = []
     for name in options.workloads:
         workload = WORKLOADS[name]
-        root = getattr(options, workload.data.replace("-", "_"))
+        root = roots[workload.data]
         episode = workload.episode(root)
         for gradient in options.gradients:
             print(f"\n{name} ({'real' if root else 'random'} images, {workload.tasks} tasks), {gradient}")
@@ -180,10 +155,7 @@ def main(args: list[str] | None = None) -> list[Row]:
                     f"differs by {row['relative_difference_float64']:.0e}",
                     flush=True,
                 )
-            with (options.output / "benchmark.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
+            save(rows, options.output / "benchmark.csv")
     draw(rows).savefig(options.output / "benchmark.png", dpi=120)
     return rows
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_imaml import Episode
 from lightning_imaml.data import EpisodicDataModule, MiniImageNetDataModule, OmniglotDataModule
@@ -40,6 +42,7 @@ class Workload:
         shots: K.
         queries: query images a class.
         tasks: tasks a batch.
+        filters: the network's width.
         settings: the paper's: 16 inner steps for 5 ways, 25 for 20 ways, 10 for mini-ImageNet.
     """
 
@@ -49,13 +52,14 @@ class Workload:
     queries: int
     tasks: int
     settings: Settings
+    filters: int = 64
 
     def network(self) -> nn.Module:
         """The paper's network with the same weights each time."""
         torch.manual_seed(0)
         if self.data == "omniglot":
-            return Conv4(self.ways)
-        return Conv4(self.ways, channels=3, filters=32, image_size=84, downsampling="max-pool")
+            return Conv4(self.ways, filters=self.filters)
+        return Conv4(self.ways, channels=3, filters=self.filters, image_size=84, downsampling="max-pool")
 
     def episode(self, root: Path | None) -> Episode:
         """Real training tasks, or random images where there is no data."""
@@ -69,12 +73,16 @@ class Workload:
                 torch.rand(self.tasks, len(query), *shape),
                 query.repeat(self.tasks, 1),
             )
-        sizes = {"ways": self.ways, "shots": self.shots, "queries": self.queries, "tasks_per_batch": self.tasks}
-        data: EpisodicDataModule
-        data = OmniglotDataModule(root, **sizes) if self.data == "omniglot" else MiniImageNetDataModule(root, **sizes)
-        data.setup("fit")
-        episode: Episode = next(iter(data.train_dataloader()))
+        episode: Episode = next(iter(self.loader(root)))
         return episode
+
+    def loader(self, root: Path, batches: int = 1) -> DataLoader[Any]:
+        """Batches of real training tasks."""
+        sizes = {"ways": self.ways, "shots": self.shots, "queries": self.queries, "tasks_per_batch": self.tasks}
+        kind = OmniglotDataModule if self.data == "omniglot" else MiniImageNetDataModule
+        data: EpisodicDataModule = kind(root, **sizes, batches_per_epoch=batches)
+        data.setup("fit")
+        return data.train_dataloader()
 
 
 WORKLOADS = {
@@ -82,5 +90,5 @@ WORKLOADS = {
     "omniglot-5-5": Workload("omniglot", 5, 5, 1, 8, Settings()),
     "omniglot-20-1": Workload("omniglot", 20, 1, 1, 8, Settings(steps=25)),
     "omniglot-20-5": Workload("omniglot", 20, 5, 1, 2, Settings(steps=25)),
-    "mini-imagenet-5-1": Workload("mini-imagenet", 5, 1, 1, 4, Settings(lr=0.01, steps=10, strength=0.5)),
+    "mini-imagenet-5-1": Workload("mini-imagenet", 5, 1, 1, 4, Settings(lr=0.01, steps=10, strength=0.5), filters=32),
 }

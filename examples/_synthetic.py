@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +13,6 @@ from lightning_imaml.functional import MetaGradient, meta_gradient
 from lightning_imaml.inner import InnerSolver
 from lightning_imaml.meta_gradients import Estimator
 from lightning_imaml.regularizers import Proximal
-
-Row = dict[str, str | int | float]
 
 
 @dataclass(frozen=True)
@@ -117,12 +112,3 @@ def _gram(inputs: Tensor) -> Tensor:
 
 def _mean_product(inputs: Tensor, values: Tensor) -> Tensor:
     return (2 / inputs.shape[1] * inputs.mT @ values).squeeze(2)
-
-
-def save(rows: Sequence[Mapping[str, str | int | float]], path: Path) -> None:
-    """Write a CSV file, and the folders above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

@@ -37,7 +37,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _synthetic import RegressionTasks, Row, save
+from _synthetic import RegressionTasks
+from _tables import Row, save
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -22,7 +22,8 @@ import math
 from pathlib import Path
 
 import torch
-from _synthetic import RegressionTasks, Row, save
+from _synthetic import RegressionTasks
+from _tables import Row, save
 from matplotlib.figure import Figure
 
 from lightning_imaml.functional import MetaGradient

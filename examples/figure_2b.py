@@ -29,7 +29,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from _synthetic import Row, save
+from _tables import Row, save
 from matplotlib.figure import Figure
 from torch import nn
 from torch.utils import _pytree as pytree

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _synthetic import Row, save
+from _tables import Row, save
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from matplotlib.figure import Figure

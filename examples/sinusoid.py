@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import math
 from pathlib import Path
 
 import torch
+from _tables import save
 from lightning.pytorch import Trainer
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -181,12 +181,8 @@ def main(args: list[str] | None = None) -> list[Row]:
 
     rows = judge("random", start, episode, options.lr, options.strength)
     rows += judge("meta-learned", model, episode, options.lr, options.strength)
-    options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / f"sinusoid_{options.method}"
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["method", *rows[0]])
-        writer.writeheader()
-        writer.writerows({"method": options.method, **row} for row in rows)
+    save([{"method": options.method, **row} for row in rows], stem.with_suffix(".csv"))
     draw(model, episode, rows, options.lr, options.strength).savefig(stem.with_suffix(".png"), dpi=120)
     print(f"\n{options.method}: test MSE over {options.test_tasks} tasks ± 95 % interval")
     print(f"{'weights':<14}" + "".join(f"{f'{steps} steps':>18}" for steps in JUDGED_STEPS))

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _synthetic import RegressionTasks, Row, save
+from _synthetic import RegressionTasks
+from _tables import Row, save
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 

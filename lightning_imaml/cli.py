@@ -9,11 +9,12 @@ import re
 import warnings
 from typing import Any, NoReturn
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, loggers
+from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 # Importing the families registers their members, so that configurations can name them without their module.
-from lightning_imaml import callbacks, curvature, data, inner, linear, meta_gradients, models, regularizers  # noqa: F401
+from lightning_imaml import callbacks, curvature, data, inner, linear, meta_gradients, models, regularizers
 from lightning_imaml.module import IMAMLModule
 
 
@@ -30,11 +31,13 @@ class Parser(LightningArgumentParser):
             unknown, valid = found[2], _parameters(_imported(found[1]))
         elif found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
             unknown, valid = found[2], [name for name in dir(importlib.import_module(found[1])) if name[0] != "_"]
+        elif found := re.search(r"Expected a dot import path string: (\w+)", message):
+            unknown, valid = found[1], _class_names()
         elif found := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
             unknown, valid = found[1], self._options()
         else:
             return ""
-        nearest = difflib.get_close_matches(unknown, valid, n=1, cutoff=0.0)
+        nearest = difflib.get_close_matches(unknown, valid, n=1)  # None is better than one that has nothing of it.
         return f"\nThe valid name nearest to {unknown!r} is {nearest[0]!r}." if nearest else ""
 
     def _options(self) -> list[str]:
@@ -46,6 +49,24 @@ class Parser(LightningArgumentParser):
             for parser in subcommands.values():
                 names += parser._options()
         return [name for name in names if not name.startswith(("-", "print_"))]
+
+
+def _class_names() -> list[str]:
+    """The classes that a configuration may name without their module."""
+    families = (
+        callbacks,
+        curvature,
+        data,
+        inner,
+        linear,
+        meta_gradients,
+        models,
+        regularizers,
+        lightning_callbacks,
+        loggers,
+    )
+    names = {name for family in families for name, value in vars(family).items() if inspect.isclass(value)}
+    return sorted(names | {IMAMLModule.__name__})
 
 
 def _imported(path: str) -> Any:
@@ -68,7 +89,9 @@ def run(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
     """Run the command line in this process.
 
     With ``--ckpt_path``, the checkpoint's own settings of the module win over the command line's, as in any
-    LightningCLI. To keep what ``predict`` returns, add a ``lightning.pytorch.callbacks.BasePredictionWriter``.
+    LightningCLI. Checkpoints are written by :class:`~lightning_imaml.checkpoints.AtomicCheckpointIO`, unless
+    ``--trainer.plugins`` names others. To keep what ``predict`` returns, add a
+    ``lightning.pytorch.callbacks.BasePredictionWriter``.
 
     Args:
         args: arguments as on the command line; None takes the process's own.
@@ -92,6 +115,7 @@ def run(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
         parser_kwargs={"allow_abbrev": False},
         # The module has its own optimizer and lr_scheduler: one way to set them.
         auto_configure_optimizers=False,
+        trainer_defaults={"plugins": [{"class_path": "lightning_imaml.checkpoints.AtomicCheckpointIO"}]},
         args=args,
     )
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, fx
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -189,6 +190,8 @@ def _compile(
     with warnings.catch_warnings(), MatrixForm() if batch.tasks > 1 else nullcontext():
         warnings.simplefilter("ignore")  # Of the compiler about itself.
         graph = make_fx(flat, tracing_mode="fake")(*example)
+    if any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in graph.graph.nodes):
+        graph = _without_writing(graph, example)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     with warnings.catch_warnings():
@@ -197,6 +200,19 @@ def _compile(
     name = getattr(function, "__qualname__", type(function).__qualname__)
     _log.info("compiled %s for %d tasks in %.0f s", name, batch.tasks, time.perf_counter() - begin)
     return compiled
+
+
+def _without_writing(graph: fx.GraphModule, example: list[Tensor]) -> fx.GraphModule:
+    """Replace operations that write in place, as PyTorch's second derivative of LayerNorm has.
+
+    Neither cutting a graph nor leaving out what nobody reads could stand them.
+    """
+    views = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+    for node in graph.graph.nodes:
+        if node.target in views:  # What is not written into the first one's memory may lie in memory otherwise.
+            node.target = torch.ops.aten.reshape.default
+    graph.recompile()
+    return make_fx(functionalize(graph), tracing_mode="fake")(*example)
 
 
 class _Whole:

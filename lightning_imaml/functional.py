@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from lightning_imaml import bad_tasks
+from lightning_imaml.attention import plain_attention
 from lightning_imaml.chunks import default_chunk_size
 from lightning_imaml.episodes import Episode
 from lightning_imaml.inner import GradientDescent, InnerSolver
@@ -164,10 +165,11 @@ def predict(
     rows = flat.flatten(parameters)
     inputs, support = joined(model, flat.cast(support_inputs), flat.cast(inputs))
     size = chunk_size or default_chunk_size(flat, inputs, rows.shape[0])
-    pieces = [
-        flat(rows[k : k + size], pytree.tree_map(lambda t, k=k: t[k : k + size], inputs), support=support)
-        for k in range(0, rows.shape[0], size)
-    ]
+    with plain_attention():
+        pieces = [
+            flat(rows[k : k + size], pytree.tree_map(lambda t, k=k: t[k : k + size], inputs), support=support)
+            for k in range(0, rows.shape[0], size)
+        ]
     return pytree.tree_map(lambda *leaves: torch.cat(leaves), *pieces)
 
 

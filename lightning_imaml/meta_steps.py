@@ -8,6 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_imaml.ranks import open_gathering
+
 
 def begin_next_epoch(trainer: Trainer) -> None:
     """Where a checkpoint was saved after an epoch had ended, begin the next one; call it in ``on_train_start``.
@@ -42,12 +44,17 @@ class MetaSteps(Callback):
 
     Args:
         batches: the batches of a meta-step.
+
+    Attributes:
+        group: of all processes, see :func:`~lightning_imaml.ranks.gather`. It is kept here since the module must stay
+            one that can be copied and pickled.
     """
 
     def __init__(self, batches: int) -> None:
         self.batches = batches
         self._log_every: int | None = None
         self._steps = 0
+        self.group: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell the Trainer how many batches a step has, which its own argument must not in manual optimization."""
@@ -61,6 +68,7 @@ class MetaSteps(Callback):
         Raises:
             ValueError: an epoch has fewer meta-steps than the interval, so that it would never come.
         """
+        self.group = open_gathering(trainer)
         of_epoch = trainer.num_training_batches / self.batches
         interval = getattr(trainer, "val_check_interval", None)  # None by the clock.
         within = trainer.check_val_every_n_epoch is not None and trainer.enable_validation

@@ -64,6 +64,8 @@ class TaskMean(Metric):
 
     def update(self, values: Tensor) -> None:
         """Add tasks by their numbers, ``[T]``."""
+        if not values.numel():
+            return
         values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
         mean = values.mean()
         tasks = torch.stack([self.tasks, torch.full_like(self.tasks, values.numel())])
@@ -111,15 +113,14 @@ class EpisodicMean(TaskMean):
 
 
 class EpisodicAccuracy(EpisodicMean):
-    """The mean over tasks of each task's accuracy on its query set, a fraction in 0 … 1."""
+    """The mean over tasks of each task's accuracy on its query set, a fraction in 0 … 1; NaN with outputs that are."""
 
     higher_is_better = True
 
     def of_tasks(self, outputs: Any, targets: Any) -> Tensor:
         """The accuracy of each task, ``[T]``."""
         _require_classification(self, outputs, targets)
-        accuracy: Tensor = (outputs.argmax(dim=-1) == targets).float().mean(dim=1)
-        return accuracy
+        return _nan_where(outputs, (outputs.argmax(dim=-1) == targets).float().mean(dim=1))
 
 
 class EpisodicInterval95(EpisodicAccuracy):
@@ -178,7 +179,8 @@ class EpisodicCalibrationError(EpisodicMean):
         """The calibration error of each task, ``[T]``."""
         _require_classification(self, outputs, targets)
         ways = outputs.shape[-1]
-        return _each(lambda p, t: multiclass_calibration_error(p, t, ways, self.bins), outputs.softmax(-1), targets)
+        errors = _each(lambda p, t: multiclass_calibration_error(p, t, ways, self.bins), outputs.softmax(-1), targets)
+        return _nan_where(outputs, errors)
 
 
 class EpisodicMetric(EpisodicMean):
@@ -240,10 +242,18 @@ def _each(function: Callable[[Any, Any], Tensor], outputs: Any, targets: Any) ->
     return torch.stack([function(*part) for part in parts])
 
 
+def _nan_where(outputs: Tensor, values: Tensor) -> Tensor:
+    """The values ``[T]``, but NaN for tasks with outputs that are: their largest would be that of class 0."""
+    return values.where(~outputs.isnan().flatten(1).any(dim=1), torch.nan)
+
+
 def _require_classification(metric: Metric, outputs: Any, targets: Any) -> None:
     if not is_classification(outputs, targets):
+        found = [
+            f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__ for x in (outputs, targets)
+        ]
         raise ValueError(
             f"{type(metric).__name__} takes logits [tasks, samples, ways] and class indices [tasks, samples]; found "
-            f"{list(outputs.shape)} and {list(targets.shape)} {targets.dtype}. For other targets, return metrics "
+            f"{' and '.join(found)}. For other targets, return metrics "
             "that suit them from IMAMLModule.configure_metrics."
         )

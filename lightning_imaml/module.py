@@ -22,7 +22,7 @@ from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.meta_gradients import Estimator, Implicit
 from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, TaskMean, is_classification
-from lightning_imaml.outer_step import OuterStep, parameter_groups, surrogate, training_values
+from lightning_imaml.outer_step import OuterStep, parameter_groups, refuse_unreached, surrogate, training_values
 from lightning_imaml.phases import META_STEP, phase
 from lightning_imaml.regularizers import Proximal, Regularizer
 from lightning_imaml.tasks import FlatModel
@@ -53,8 +53,8 @@ class IMAMLModule(OuterStep):
         inner_solver_lr: likewise of the inner solver's learned step sizes.
         gradient_clip_val: clip the meta-gradient to this; the Trainer's own flag refuses manual optimization.
         gradient_clip_algorithm: clip by the "norm" of the whole gradient, or every entry by its "value".
-        accumulate_meta_batches: average the meta-gradients of this many batches for one step; likewise. What is left at
-            the end of an epoch makes a smaller step, as in the Trainer's own accumulation.
+        accumulate_meta_batches: average the meta-gradients over the tasks of this many batches for one step; likewise.
+            What is left at the end of an epoch makes a step of its own.
         adapt_only: patterns over the backbone's parameter names, such as ``("classifier.*",)``: those that match adapt,
             and the others are meta-learned and the same for all tasks. None adapts all.
         chunk_size: the most tasks at once, which bounds memory; None chooses it from the size of a task.
@@ -288,13 +288,7 @@ class IMAMLModule(OuterStep):
     def on_train_start(self) -> None:
         """Refuse trainable parameters that no meta-gradient reaches, those of a loss for example."""
         super().on_train_start()
-        reached = {id(p) for part in (self.backbone, self.strengths, self.rates) for p in part.parameters()}
-        lost = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in reached]
-        if lost:
-            raise ValueError(
-                f"every trainable parameter must belong to the backbone, the regulariser or the inner solver; found "
-                f"{lost} elsewhere, which would never change. Move it into the backbone, or set requires_grad=False."
-            )
+        refuse_unreached(self, (self.backbone, self.strengths, self.rates))
 
     def training_step(self, batch: Episode, batch_idx: int) -> Tensor | None:
         """One meta-gradient, and an outer step when enough batches have been accumulated.
@@ -305,7 +299,7 @@ class IMAMLModule(OuterStep):
         self.resume_outer_state()
         batch = Episode.of(batch)
         due = (batch_idx + 1) % self.accumulate_meta_batches == 0 or self.trainer.is_last_batch
-        # The batches of which Lightning writes a row; reading values for the others would only wait for the device.
+        # The meta-steps of which Lightning writes a row; reading values for the others would only wait for the device.
         every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
         logged = (self.trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
         before = self._predict_initial(batch) if logged else None  # Before the step changes the initialisation.
@@ -322,11 +316,17 @@ class IMAMLModule(OuterStep):
             parameters |= {f"regularizer.{name}": p for name, p in self.strengths.items()}
             parameters |= {f"inner_solver.{name}": p for name, p in self.rates.items()}
             self.accumulate(surrogate(result, parameters), len(result.tasks), counts, due)
-        return self._log_training(batch, result, before, counts)
+        return self._log_training(batch, result, before, counts, due)
 
-    def _log_training(self, batch: Episode, result: MetaGradient, before: Any, counts: list[int]) -> Tensor | None:
+    def _log_training(
+        self, batch: Episode, result: MetaGradient, before: Any, counts: list[int], due: bool
+    ) -> Tensor | None:
         values = training_values(result, batch.query_targets, before)
         values = self.mean_over_ranks(values, len(result.tasks), counts)
+        means, tasks = self.means_of_meta_step(values, sum(counts), due)
+        bar = ("train/outer_loss", "train/accuracy")
+        for name, value in means.items():
+            self.log(name, value, prog_bar=name in bar, batch_size=tasks)
         if not sum(counts):
             return None
         indefinite = values.get("train/indefinite")
@@ -336,9 +336,6 @@ class IMAMLModule(OuterStep):
                 f"the linear system is indefinite for {indefinite:.0%} of this batch's tasks, so the meta-gradient "
                 "is far from exact. Use Implicit(..., curvature=GaussNewton()), a stronger regulariser or damping."
             )
-        bar = ("train/outer_loss", "train/accuracy")
-        for name, value in values.items():
-            self.log(name, value, prog_bar=name in bar, batch_size=sum(counts))
         return values["train/outer_loss"]
 
     def _predict_initial(self, batch: Episode) -> Any:

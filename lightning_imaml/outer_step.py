@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -20,7 +20,8 @@ from torch.optim.optimizer import Optimizer
 from lightning_imaml.functional import MetaGradient
 from lightning_imaml.meta_steps import MetaSteps, begin_next_epoch
 from lightning_imaml.metrics import is_classification
-from lightning_imaml.random_states import random_states, set_random_states
+from lightning_imaml.random_states import random_states, seed_random_states, set_random_states
+from lightning_imaml.ranks import gather, numbers_of_all_ranks, sum_over_ranks
 
 _MOST_EMPTY_STEPS = 20
 
@@ -44,6 +45,17 @@ def parameter_groups(module: nn.Module, apart: Mapping[nn.Module, tuple[str, flo
             groups.append({"params": own, "lr": lr, "name": name})
             parameters = [p for p in parameters if all(p is not other for other in own)]
     return [{"params": parameters, "name": "backbone"}, *groups] if groups else parameters
+
+
+def refuse_unreached(module: nn.Module, parts: Iterable[nn.Module]) -> None:
+    """Raise a ValueError that names the module's trainable parameters outside the parts that have a meta-gradient."""
+    reached = {id(p) for part in parts for p in part.parameters()}
+    lost = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in reached]
+    if lost:
+        raise ValueError(
+            f"every trainable parameter must belong to the backbone, the regulariser or the inner solver; found {lost} "
+            "elsewhere, which would never change. Move it into the backbone, or set requires_grad=False."
+        )
 
 
 def surrogate(result: MetaGradient, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -102,7 +114,8 @@ class OuterStep(LightningModule):
     _empty_steps = 0
     _clipped = False
     resumed_state: dict[str, Any] | None = None
-    _random: list[Tensor] | None = None
+    _seed = 0
+    _values: list[tuple[int, dict[str, Tensor]]]
 
     def setup(self, stage: str) -> None:
         """Refuse strategies that shard the parameters; tell weight averaging that there are no running statistics."""
@@ -126,64 +139,94 @@ class OuterStep(LightningModule):
         return [callback for callback in callbacks if isinstance(callback, StochasticWeightAveraging)]
 
     def outer_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold, besides Lightning's own, to go on bit for bit: plain tensors and numbers."""
-        state: dict[str, Any] = {"random": self._random}
-        if not self._tasks_of_step:
+        """What a checkpoint must hold, besides Lightning's own, to go on bit for bit: plain tensors and numbers.
+
+        In the middle of a meta-step, every rank's gradients are its own, and rank zero writes those of all.
+        """
+        state: dict[str, Any] = {"seed": self._seed, "ranks": self.trainer.world_size}
+        if not self._tasks_of_step:  # The same on all ranks.
             return state
-        if self.trainer.world_size > 1:
-            # Before their all-reduce, every rank's gradients are its own, and rank zero alone writes.
+        gradients = {name: p.grad.cpu() for name, p in self.named_parameters() if p.grad is not None}
+        mine = {"tasks": self._tasks_of_step, "batch": self._batches_done(), "gradients": gradients}
+        shares = gather(self.trainer, self._meta_steps().group, mine)
+        if shares is None or len({(share["tasks"], share["batch"]) for share in shares}) > 1:
             rank_zero_warn(
-                "a checkpoint must be saved between meta-steps to go on exactly, where several ranks accumulate; found "
-                f"one in the middle of a meta-step of {self.accumulate_meta_batches} batches, which will be a smaller "
-                "one after a resume. Save every multiple of accumulate_meta_batches batches."
+                "all ranks must be at the same batch to save the gradients of an unfinished meta-step; found "
+                "that not all of them answer, or that they are elsewhere, as after an error on one rank. The "
+                "checkpoint is saved without these gradients: after a resume, this meta-step will have fewer tasks."
             )
-        else:
-            gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
-            state |= {"tasks": self._tasks_of_step, "gradients": gradients}
-        return state
+            return state
+        return state | {"shares": shares}
 
     def resume_outer_state(self) -> None:
         """Once, at the first training step after a resume: later than what the Trainer itself clears."""
         state, self.resumed_state = self.resumed_state, None
-        if state is None:
+        if state is None or "shares" not in state or state["ranks"] != self.trainer.world_size:
             return
-        self._tasks_of_step = state.get("tasks", 0)
-        parameters = dict(self.named_parameters())
-        for name, gradient in state.get("gradients", {}).items():
+        mine, parameters = state["shares"][self.global_rank], dict(self.named_parameters())
+        self._tasks_of_step = mine["tasks"]
+        for name, gradient in mine["gradients"].items():
             parameters[name].grad = gradient.to(parameters[name])
-        self._random = state["random"]
+
+    def _batches_done(self) -> int:
+        # ``processed``: a batch that failed halfway is counted as ready and is run again on a resume.
+        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
 
     @contextmanager
     def random_stream(self) -> Iterator[None]:
-        """Draw random numbers, of dropout, from a stream of the training steps' own, which goes on after a resume.
+        """Draw random numbers, of dropout, from a stream that is a function of the run's seed, the rank and the batch.
 
-        What loaders and validation draw depends on where a run was interrupted. The stream starts as a copy of the
-        global one.
+        So they are the same after a resume, whatever loaders and validation have drawn. The seed of a run is drawn from
+        rank zero's global stream.
         """
         outside = random_states(self.device)
-        if self._random is not None:
-            set_random_states(self._random, self.device)
+        seed_random_states(self.device, self._seed, self.global_rank, self._batches_done())
         try:
             yield
         finally:
-            self._random = random_states(self.device)
             set_random_states(outside, self.device)
 
     def on_train_start(self) -> None:
         """Refuse ranks with different numbers of batches, which would wait for one another for ever."""
-        counts = [batches for (batches,) in self._of_all_ranks(float(self.trainer.num_training_batches))]
+        counts = [
+            batches for (batches,) in numbers_of_all_ranks(self.trainer, float(self.trainer.num_training_batches))
+        ]
         if len(set(counts)) > 1:
             raise ValueError(
                 f"every rank must have the same number of training batches; found {counts}. Leave the sampler to the "
                 "Trainer (use_distributed_sampler=True), or set limit_train_batches."
             )
         begin_next_epoch(self.trainer)
+        if self._counts_meta_steps():
+            self._meta_steps()
+        # What an earlier fit left in the middle of a meta-step is no part of this one.
+        self._tasks_of_step, self._values = 0, []
+        self.zero_grad()
+        self._agree_on_the_seed()
+
+    def _agree_on_the_seed(self) -> None:
+        drawn, processes = int(torch.randint(2**62, ())), self.trainer.world_size
+        if self.resumed_state is None:
+            self._seed = drawn if processes == 1 else self.trainer.strategy.broadcast(drawn)
+            return
+        self._seed = self.resumed_state["seed"]
+        if self.resumed_state["ranks"] != processes:
+            dropped = ", and the gradients of the unfinished meta-step are dropped"
+            rank_zero_warn(
+                f"a run must be resumed with the {self.resumed_state['ranks']} processes that it was saved with, to go "
+                f"on exactly; found {processes}. Tasks and random numbers are others from here on"
+                f"{dropped if 'shares' in self.resumed_state else ''}."
+            )
+
+    def _meta_steps(self) -> MetaSteps:
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        if self._counts_meta_steps() and not any(isinstance(callback, MetaSteps) for callback in callbacks):
+        found = next((callback for callback in callbacks if isinstance(callback, MetaSteps)), None)
+        if found is None:
             raise RuntimeError(
                 f"{type(self).__name__}.configure_callbacks must return what super().configure_callbacks() does, too; "
                 "found that it leaves out the callback that lets the Trainer count meta-steps. Add it to the list."
             )
+        return found
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Let the Trainer count meta-steps in training, where a batch need not be one."""
@@ -199,7 +242,7 @@ class OuterStep(LightningModule):
         Raises:
             FloatingPointError: on this rank or another one; on all of them, so that none waits for one that stopped.
         """
-        told = self._of_all_ranks(tasks, error is not None)
+        told = numbers_of_all_ranks(self.trainer, tasks, error is not None)
         failed = [rank for rank, (_, bad) in enumerate(told) if bad]
         if failed and error is None:
             error = FloatingPointError(
@@ -210,24 +253,6 @@ class OuterStep(LightningModule):
             raise error
         return [int(count) for count, _ in told]
 
-    def _of_all_ranks(self, *values: float) -> list[list[float]]:
-        """Every rank's values, rank by rank."""
-        if self.trainer.world_size == 1:  # No message, and no wait for the device in every step.
-            return [list(values)]
-        # By a sum: Lightning's all_gather warns of what PyTorch deprecates, and would be differentiable for nothing.
-        table = torch.zeros(self.trainer.world_size, len(values), device=self.device)
-        table[self.global_rank] = torch.tensor(values)
-        try:
-            told = torch.as_tensor(self.trainer.strategy.reduce(table, reduce_op="sum"))
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"every rank must be running for a meta-step; rank {self.global_rank} of {self.trainer.world_size} "
-                f"lost another one ({error}). That process has died or was killed: its own output, or the system's log "
-                "of processes killed for memory, says why. Resume from the last checkpoint."
-            ) from error
-        found: list[list[float]] = told.tolist()
-        return found
-
     def mean_over_ranks(self, values: dict[str, Tensor], tasks: int, counts: list[int]) -> dict[str, Tensor]:
         """The means over all ranks' tasks of values that are means over this rank's; NaN where there are no tasks."""
         if len(counts) == 1 or not values:
@@ -236,8 +261,26 @@ class OuterStep(LightningModule):
         mine = torch.stack([value.detach().double() * tasks for value in values.values()]).nan_to_num()
         if not tasks:
             mine.zero_()
-        total = torch.as_tensor(self.trainer.strategy.reduce(mine, reduce_op="sum"))
+        total = sum_over_ranks(self.trainer, mine)
         return dict(zip(values, (total / sum(counts)).float(), strict=True))
+
+    def means_of_meta_step(self, values: dict[str, Tensor], tasks: int, due: bool) -> tuple[dict[str, Tensor], int]:
+        """What there is to log of a meta-step: the means over all its tasks, and how many these are; at its end only.
+
+        Args:
+            values: a batch's means over the tasks of all ranks.
+            tasks: how many they are.
+            due: whether the batch ends a meta-step.
+        """
+        if tasks:
+            self._values.append((tasks, values))
+        if not due:
+            return {}, 0
+        batches, self._values = self._values, []
+        total = sum(tasks for tasks, _ in batches)
+        names = batches[0][1] if batches else {}
+        sums = {name: torch.stack([tasks * values[name] for tasks, values in batches]).sum(dim=0) for name in names}
+        return {name: value / total for name, value in sums.items()}, total
 
     def accumulate(self, surrogate: Tensor, tasks: int, counts: list[int], due: bool) -> None:
         """Add a meta-gradient to ``.grad`` by a backward pass, and step if due.
@@ -248,10 +291,16 @@ class OuterStep(LightningModule):
             counts: how many every rank has.
             due: whether the batch ends a meta-step.
         """
-        # DDP averages over ranks; the mean over tasks weighs a rank by its tasks.
-        share = tasks * len(counts) / max(1, sum(counts))
-        surrogate = surrogate * share / self.accumulate_meta_batches
+        # The mean over all tasks of all batches and ranks, however many were left out where: sums are accumulated, and
+        # divided once. DDP averages over ranks.
         self._tasks_of_step += sum(counts)
+        share = float(tasks * len(counts))
+        if due:
+            share /= max(1, self._tasks_of_step)
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= max(1, self._tasks_of_step)
+        surrogate = surrogate * share
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         if due or block is None:
             self.manual_backward(surrogate)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -17,3 +19,14 @@ def set_random_states(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0].cpu())
     if device.type == "cuda" and len(states) > 1:
         torch.cuda.set_rng_state(states[1].cpu(), device)
+
+
+def seed_random_states(device: torch.device, *numbers: int) -> None:
+    """Seed the same generators by numbers that name a stream: a run's seed, a rank, a batch."""
+    # A hash, since seeds that differ by one may give alike streams.
+    name = " ".join(map(str, numbers)).encode()
+    seed = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)

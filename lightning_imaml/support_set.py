@@ -29,6 +29,11 @@ class SupportLayer(nn.Module):
         return _rows.get()
 
 
+def current_support_rows() -> int:
+    """What :func:`support_rows` was last told: to be told again where a layer is computed again."""
+    return _rows.get() or 0
+
+
 def reads_support(network: nn.Module) -> bool:
     """Whether a network needs the support set to predict."""
     return any(isinstance(layer, SupportLayer) for layer in network.modules())

@@ -77,7 +77,8 @@ class FlatModel:
                     f"the backbone's norm layers must not track running statistics in training, since every task "
                     f"would overwrite the others'; found {type(layer).__name__} {name!r}. Build it with "
                     "track_running_stats=False (batch statistics, the paper's protocol), or call "
-                    "lightning_imaml.models.use_batch_statistics(backbone)."
+                    "lightning_imaml.models.use_batch_statistics(backbone); for the inductive protocol, "
+                    "use_support_statistics(backbone)."
                 )
         self.module = module
         self.compile = compile
@@ -92,6 +93,7 @@ class FlatModel:
             adapted = [name for name in adapted if matches(name, adapt_only)]
         self.layout = Layout(tuple(adapted), tuple(tuple(trainable[name].shape) for name in adapted), compile)
         self.shared = tuple(name for name in trainable if name not in adapted)
+        self._tied = _tied_names(module)
         self.stored_dtype, self.device = next(iter(kinds))
         self.dtype = dtype or self.stored_dtype
 
@@ -150,10 +152,26 @@ class FlatModel:
 
         def call(named: dict[str, Tensor], inputs: Any) -> Any:
             with support_rows(support), _refuse_checkpoint(self.module):
-                outputs = functional_call(self.module, {**named, **(state or {})}, (inputs,))
+                found = {**named, **(state or {})}
+                found |= {other: found[name] for other, name in self._tied.items() if name in found}
+                outputs = functional_call(self.module, found, (inputs,), tie_weights=False)
             return pytree.tree_map(lambda t: t[support:], outputs) if support else outputs
 
         return over_tasks(call, self.module, self.unflatten(parameters), inputs)
+
+
+def _tied_names(module: nn.Module) -> dict[str, str]:
+    """The names of parameters that have another name already, by which :class:`FlatModel` knows them.
+
+    PyTorch ties weights by itself, but does not restore those of a layer that stands in a network twice.
+    """
+    first = {parameter: name for name, parameter in module.named_parameters()}
+    placed = (
+        (f"{prefix}.{name}" if prefix else name, parameter)
+        for prefix, layer in module.named_modules()  # Each layer once.
+        for name, parameter in layer.named_parameters(recurse=False, remove_duplicate=False)
+    )
+    return {name: first[parameter] for name, parameter in placed if name != first[parameter]}
 
 
 @contextlib.contextmanager

@@ -189,6 +189,18 @@ def test_training_without_the_bad_task_is_training_on_the_others():
 
 
 @pytest.mark.filterwarnings("ignore:.*left out of the meta-gradient")
+def test_every_task_of_a_long_meta_step_counts_the_same():
+    """Whatever was left out of which batch, and however many batches are left at the end of an epoch."""
+    batches = [broken(regression_episode(seed=0), 2), regression_episode(tasks=2, seed=1), regression_episode(seed=2)]
+    sgd = functools.partial(torch.optim.SGD, lr=0.5)
+    found, trainer = fit(batches, on_bad_task="skip", accumulate_meta_batches=2, optimizer=sgd)
+    assert trainer.global_step == 2
+    first = Episode(*[torch.cat(parts) for parts in zip(without(batches[0], 2), batches[1], strict=True)])
+    expected, _ = fit([first, batches[2]], optimizer=sgd)
+    torch.testing.assert_close(weights(found), weights(expected), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*left out of the meta-gradient")
 def test_a_meta_step_without_a_good_task_is_not_taken():
     """Not even along zero: Adam's momentum and weight decay would move the weights."""
     batches = [regression_episode(tasks=1, seed=k) for k in range(3)]

@@ -12,11 +12,12 @@ import torch
 import yaml
 
 from lightning_imaml import IMAMLModule, cli
+from lightning_imaml.checkpoints import AtomicCheckpointIO
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
 
-FIXED = {"learned": False, "per": None, "bounds": None}
+FIXED = {"check_every": 1, "learned": False, "per": None, "bounds": None}
 SMALL = [
     "--model.backbone.init_args.filters", "4",
     "--model.inner_solver.init_args.steps", "2",
@@ -57,6 +58,7 @@ def test_fit_test_and_predict_leave_a_picture_a_table_and_a_checkpoint(small, tm
     printed = capsys.readouterr().out
     assert "Validation results" in printed
     assert "5-way 1-shot" in printed
+    assert isinstance(fitted.trainer.strategy.checkpoint_io, AtomicCheckpointIO)
     best = fitted.trainer.checkpoint_callback.best_model_path
     assert Path(best).is_file()
     loaded = IMAMLModule.load_from_checkpoint(best)
@@ -117,6 +119,9 @@ DATA = {
     "MiniImageNetDataModule": {"root": "photos", "on_broken": "skip"},
     "OmniglotDataModule": {"root": "drawings", "rotations": "false"},
     "CifarFSDataModule": {"root": "small"},
+    "TieredImageNetDataModule": {"root": "photos", "in_memory": "true", "image_size": "32"},
+    "CUBDataModule": {"root": "birds", "on_broken": "skip", "split_file": "split.csv"},
+    "GlyphDataModule": {"class_transforms": "{inverted: torchvision.transforms.v2.functional.invert}"},
     "ImageFolderDataModule": {"root": "mine", "small_classes": "skip", "split_file": "split.csv"},
     "SinusoidDataModule": {"amplitude": "[1.0, 2.0]", "shots": "[5, 10]"},
     "LinearRegressionDataModule": {"features": "3"},
@@ -144,6 +149,12 @@ def test_every_data_module_takes_its_options_and_the_common_ones(name, capsys):
         (["--model.init_args.gradient_clip_value", "3"], "gradient_clip_value", "gradient_clip_val"),
         (["--model.inner_solver.class_path", "lightning_imaml.inner.GradientDescnt"], "GradientDescnt",
          "GradientDescent"),
+        (["--model.inner_solver", "GradientDecent"], "GradientDecent", "GradientDescent"),
+        (["--model.inner_solver", "Hessianfree"], "Hessianfree", "HessianFree"),
+        (["--model.estimator.linear_solver", "ConjugateGradien"], "ConjugateGradien", "ConjugateGradient"),
+        (["--data", "GlyphDataModul"], "GlyphDataModul", "GlyphDataModule"),
+        (["--model", "IMAMLModul"], "IMAMLModul", "IMAMLModule"),
+        (["--trainer.callbacks+", "LearningCurv"], "LearningCurv", "LearningCurve"),
         (["--data.init_args.querys", "3"], "querys", "queries"),
         (["--trainer.max_epoch", "3"], "trainer.max_epoch", "trainer.max_epochs"),
         (["--ckpt_paht", "x"], "ckpt_paht", "ckpt_path"),
@@ -154,6 +165,32 @@ def test_an_unknown_option_is_refused_with_the_nearest_valid_name(options, unkno
         cli.run(["fit", "--config", str(QUICKSTART), *options, "--print_config"])
     assert ended.value.code == 2
     assert f"The valid name nearest to {unknown!r} is {nearest!r}." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.inner_solver", "Xyzzyqwerty"],
+        ["--model.inner_solver.init_args.qqq", "3"],
+        ["--model.inner_solver.class_path", "lightning_imaml.inner.Xyzzyqwerty"],
+        ["--zzz", "3"],
+    ],
+    ids=" ".join,
+)
+def test_a_name_that_is_like_none_gets_no_proposal(options, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.run(["fit", "--config", str(QUICKSTART), *options, "--print_config"])
+    assert ended.value.code == 2
+    assert "valid name nearest" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", [None, QUICKSTART], ids=["defaults", "quickstart"])
+def test_checkpoints_are_atomic_by_default(config, capsys):
+    source = ["--model", "IMAMLModule", "--data", "GlyphDataModule"] if config is None else ["--config", str(config)]
+    with pytest.raises(SystemExit):
+        cli.run(["fit", *source, "--print_config"])
+    plugins = yaml.safe_load(capsys.readouterr().out)["trainer"]["plugins"]
+    assert [plugin["class_path"] for plugin in plugins] == ["lightning_imaml.checkpoints.AtomicCheckpointIO"]
 
 
 @pytest.mark.parametrize(

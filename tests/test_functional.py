@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -298,3 +299,40 @@ def test_a_network_that_differentiates_by_itself_gets_a_default_chunk_size(monke
         meta_gradient(net, regression_episode(), loss=F.mse_loss, chunk_size=size).loss for size in (None, 1)
     )
     torch.testing.assert_close(by_default, single)
+
+
+class Tied(nn.Module):
+    """A layer under two names, and two layers with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.again = nn.Sequential(nn.Tanh(), self.twice)
+        self.last = nn.Linear(3, 3)
+        self.last.weight = self.first.weight
+
+    def forward(self, x):
+        return self.last(self.again(self.twice(self.first(x))))[..., :2]
+
+
+def test_shared_layers_and_tied_weights_are_adapted_as_one_and_the_network_is_left_alone():
+    torch.manual_seed(0)
+    net, episode = Tied().double(), regression_episode()
+    before = [(p, p.detach().clone()) for p in net.parameters()]
+    found = meta_gradient(net, episode, loss=F.mse_loss, inner_solver=GradientDescent(0.1, 1), estimator=FirstOrder(),
+                          regularizer=Proximal(1.0))  # fmt: skip
+    for (parameter, value), now in zip(before, net.parameters(), strict=True):
+        assert now is parameter
+        assert torch.equal(now, value)
+    expected = [torch.zeros_like(p) for p in net.parameters()]
+    for k in range(episode.tasks):
+        copied = copy.deepcopy(net)
+        F.mse_loss(copied(episode.support_inputs[k]), episode.support_targets[k]).backward()
+        with torch.no_grad():
+            for p in copied.parameters():
+                p -= 0.1 * p.grad
+        copied.zero_grad()
+        F.mse_loss(copied(episode.query_inputs[k]), episode.query_targets[k]).backward()
+        expected = [e + p.grad / episode.tasks for e, p in zip(expected, copied.parameters(), strict=True)]
+    for (name, _), gradient in zip(net.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(found.grads[name], gradient)

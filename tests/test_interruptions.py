@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import resource
@@ -290,6 +291,45 @@ def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, plugins, whole):
     again = module()
     trainer(tmp_path).fit(again, datamodule=data(), ckpt_path=tmp_path / "last.ckpt")
     torch.testing.assert_close(weights(again), whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fails", ["write", "sync", "rename"])
+def test_a_failed_write_leaves_earlier_checkpoints_and_no_part(tmp_path, monkeypatch, fails):
+    saver, target = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    saver.save_checkpoint({"step": 1}, target)
+    saver.save_checkpoint({"step": 0}, tmp_path / "first.ckpt")
+
+    def full(*args):
+        if fails == "write":
+            args[1].write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    owner, name = {"write": (torch, "save"), "sync": (os, "fsync"), "rename": (Path, "replace")}[fails]
+    monkeypatch.setattr(owner, name, full)
+    with pytest.raises(OSError, match=r"must have room for it; found that .*last\.ckpt cannot be written .*No space"):
+        saver.save_checkpoint({"step": 2}, target)
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first.ckpt", "last.ckpt"]
+    assert torch.load(target) == {"step": 1}
+
+
+def test_what_a_killed_process_left_is_removed_an_hour_later(tmp_path):
+    ours, fresh = (tmp_path / f".last.ckpt.{digit * 32}.part" for digit in "ab")
+    foreign = tmp_path / ".notes.part"
+    for path in (ours, fresh, foreign):
+        path.write_text("torn")
+    for path in (ours, foreign):
+        os.utime(path, (0, 0))
+    AtomicCheckpointIO().save_checkpoint({}, tmp_path / "last.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([fresh.name, foreign.name, "last.ckpt"])
+
+
+def test_the_renaming_is_brought_to_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    AtomicCheckpointIO().save_checkpoint({}, tmp_path / "last.ckpt")
+    assert synced[0].name.endswith(".part")
+    assert synced[1:] == [tmp_path]
 
 
 def test_our_checkpoints_are_moved_within_their_folder(tmp_path, monkeypatch):

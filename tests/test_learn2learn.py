@@ -88,7 +88,7 @@ def test_its_backbones_run_in_the_module(name):
 
 
 def to_episode(tasks: list, ways: int = 3, shots: int = 2) -> Episode:
-    """The collate function of the migration table: learn2learn's tasks as one episode."""
+    """A collate function of a person's own: learn2learn's tasks as one episode."""
     parts = []
     for inputs, labels in tasks:
         x, y = inputs.unflatten(0, (ways, -1)), labels.unflatten(0, (ways, -1))

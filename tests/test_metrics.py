@@ -71,7 +71,7 @@ def test_a_single_task_has_no_interval():
 
 
 def test_other_targets_are_refused():
-    with pytest.raises(ValueError, match=r"found \[2, 3, 1\] and \[2, 3, 1\] torch.float32.*configure_metrics"):
+    with pytest.raises(ValueError, match=r"found \[2, 3, 1\] torch.float32 and \[2, 3, 1\] torch.float32\. For other"):
         EpisodicAccuracy().update(torch.zeros(2, 3, 1), torch.zeros(2, 3, 1))
 
 
@@ -175,6 +175,32 @@ def test_forward_gives_the_batch_and_keeps_the_sum():
         alone.update(outputs, targets)
         assert metric(outputs, targets) == alone.compute()
     assert metric.compute().item() == pytest.approx(expected_of("loss")[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("metric", [EpisodicAccuracy(), EpisodicCalibrationError(), EpisodicLoss()])
+def test_outputs_that_are_nan_are_no_success(metric):
+    """The largest of NaNs is the first, which would be right for class 0."""
+    outputs, targets = torch.randn(3, 4, 5), torch.zeros(3, 4, dtype=torch.long)
+    metric.update(outputs[:2], targets[:2])
+    assert metric.compute().isfinite()
+    outputs[2, 1] = torch.nan
+    metric.update(outputs, targets)
+    assert metric.compute().isnan()
+
+
+def test_no_tasks_change_nothing():
+    metric = EpisodicAccuracy()
+    metric.update(torch.randn(0, 4, 5), torch.zeros(0, 4, dtype=torch.long))
+    metric.update(torch.eye(5).repeat(2, 1, 1), torch.arange(5).repeat(2, 1))
+    assert metric.compute() == 1
+
+
+@pytest.mark.parametrize(
+    ("outputs", "found"), [({"logits": 0}, "dict"), (torch.zeros(2, 3), r"\[2, 3\] torch.float32")]
+)
+def test_outputs_of_another_kind_are_named(outputs, found):
+    with pytest.raises(ValueError, match=rf"EpisodicAccuracy takes logits .*; found {found} and \[2, 3\] torch.int64"):
+        EpisodicAccuracy().update(outputs, torch.zeros(2, 3, dtype=torch.long))
 
 
 def test_before_the_first_task():

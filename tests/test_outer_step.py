@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
 import functools
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_imaml import Episode, IMAMLModule
+from lightning_imaml.callbacks import MetaGradientErrorMonitor, PeakMemoryMonitor
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.regularizers import Proximal
 
@@ -374,6 +376,48 @@ def test_the_csv_logger_and_the_summary(tmp_path, capsys):
     assert "val/accuracy_interval95" in header
     assert {"0", "1", "2"} <= {row.split(",")[header.split(",").index("step")] for row in rows}
     assert "inner_solver" in (Path(logger.log_dir) / "hparams.yaml").read_text()
+
+
+def rows(logger: CSVLogger, name: str) -> dict[int, float]:
+    """The values of a metric by their step; every step once."""
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        found = [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, [0, 1, 2]), (2, [1]), (3, [2])])
+def test_rows_of_the_loggers_are_meta_steps(tmp_path, every, steps):
+    """Means over all their tasks, by the number of the meta-step, every so many meta-steps."""
+    logger, rates = CSVLogger(tmp_path), LearningRateMonitor("step")
+    settings = {"logger": logger, "log_every_n_steps": every, "val_check_interval": 1}
+    trainer(rates, **settings).fit(module(accumulate_meta_batches=2), loader(5), loader(1))
+    first, second = (module().meta_gradient(episode(k)).loss.mean().item() for k in range(2))
+    losses = rows(logger, "train/outer_loss")
+    assert list(losses) == steps
+    if 0 in losses:
+        assert losses[0] == pytest.approx((first + second) / 2, rel=1e-6)
+    for name in ("train/grad_norm", "train/accuracy_before", "lr-SGD"):
+        assert list(rows(logger, name)) == steps, name
+    assert list(rows(logger, "val/loss")) == [0, 1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:.*left out of the meta-gradient")
+def test_a_meta_step_that_is_not_taken_has_no_row(tmp_path):
+    bad = episode()._replace(support_inputs=episode().support_inputs * torch.nan)
+    data = DataLoader([episode(0), bad, episode(1)], batch_size=None)
+    logger, model = CSVLogger(tmp_path), module(on_bad_task="skip")
+    run = trainer(logger=logger)
+    run.fit(model, data)
+    assert run.global_step == 2
+    assert list(rows(logger, "train/outer_loss")) == [0, 1]
+
+
+def test_monitors_log_by_meta_steps(tmp_path):
+    logger, model = CSVLogger(tmp_path), module(accumulate_meta_batches=2)
+    monitors = MetaGradientErrorMonitor(every_n_steps=2), PeakMemoryMonitor(every_n_steps=2)
+    trainer(*monitors, logger=logger).fit(model, loader(8))
+    assert list(rows(logger, "meta_gradient/relative_error")) == list(rows(logger, "memory/step_mib")) == [1, 3]
 
 
 def test_the_tensorboard_logger(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -88,9 +87,23 @@ def test_spawned_processes_take_the_same_steps(results):
     torch.testing.assert_close(weights(model), results[0]["methods"]["first order"], rtol=1e-10, atol=1e-12)
 
 
+def test_the_warning_of_a_task_that_is_left_out_names_the_rank(results):
+    for rank, bad in ((0, ([0, 1], [0, 1])), (1, ([0], [0, 1]))):
+        warned = results[1 + rank]["warned"]
+        assert len(warned) == 2
+        for text, tasks in zip(warned, bad, strict=True):
+            assert f"for tasks {tasks} of the batch of rank {rank}." in text
+
+
 def test_bad_tasks_are_left_out_of_the_mean_over_all_ranks(results):
     """Also where a rank has none left, and where no rank has."""
     alone, first, second = (found["skipped"] for found in results)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, alone, rtol=1e-10, atol=1e-12)
+
+
+def test_every_task_of_a_meta_step_counts_the_same_whatever_was_left_out(results):
+    alone, first, second = (found["skipped in long steps"] for found in results)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     torch.testing.assert_close(first, alone, rtol=1e-10, atol=1e-12)
 
@@ -104,7 +117,7 @@ def test_every_task_counts_the_same_in_an_uneven_last_batch(results):
 def test_a_bad_task_stops_all_ranks(results):
     _, first, second = results
     assert "found bad ones on ranks [1]" in first["raised"]
-    assert "for tasks [1] of the batch" in second["raised"]
+    assert "for tasks [1] of the batch of rank 1." in second["raised"]
 
 
 def test_different_numbers_of_batches_are_refused_on_all_ranks(results):
@@ -120,6 +133,65 @@ def test_sharded_strategies_are_refused_with_the_reason(strategy, monkeypatch):
     monkeypatch.setattr(run._accelerator_connector, "strategy", strategy.__new__(strategy))
     with pytest.raises(ValueError, match=rf"each task adapts its own copy .*; found {strategy.__name__}, which shards"):
         model.setup("fit")
+
+
+RESUMED = """
+import os, signal, sys, warnings
+from pathlib import Path
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+from two_processes import data, module, rank, trainer, weights
+
+class Stop(Callback):
+    # Saves in the middle of a meta-step, and ends the process as a power cut would.
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.fit_loop.total_batch_idx == 6:
+            trainer.save_checkpoint(folder / "stop.ckpt")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def fit(*callbacks, **settings):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 3)).double()
+    model = module(backbone=network, accumulate_meta_batches=3)
+    torch.manual_seed(1 + rank() + 10 * (mode != "whole"))  # Every rank's global stream is its own.
+    run = trainer(2, *callbacks, max_epochs=-1, max_steps=5)
+    run.fit(model, datamodule=data(2, batches_per_epoch=5), **settings)
+    return model
+
+if __name__ == "__main__":
+    folder, mode = Path(sys.argv[1]), sys.argv[2]
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if mode == "whole":
+        torch.save(weights(fit()), folder / f"whole{rank()}.pt")
+        fit(Stop())
+    else:
+        torch.save(weights(fit(ckpt_path=folder / "stop.ckpt")), folder / f"resumed{rank()}.pt")
+"""
+
+
+def test_two_processes_that_are_killed_in_the_middle_of_a_meta_step_go_on_exactly(tmp_path):
+    """With dropout: every rank has its own random stream, and its own share of the accumulated gradients."""
+    script = tmp_path / "resumed.py"
+    script.write_text(RESUMED)
+    assert run(str(script), str(tmp_path), "whole", timeout=120).returncode != 0  # Killed.
+    done = run(str(script), str(tmp_path), "resumed", timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shares = torch.load(tmp_path / "stop.ckpt", weights_only=True)["lightning_imaml"]["outer_step"]["shares"]
+    first, second = (torch.cat([g.flatten() for g in share["gradients"].values()]) for share in shares)
+    assert (first - second).abs().max() > 1e-3
+    for rank in range(2):
+        found, expected = (torch.load(tmp_path / f"{name}{rank}.pt") for name in ("resumed", "whole"))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 3)).double()
+    alone = trainer(1, max_epochs=-1, max_steps=3)
+    with pytest.warns(UserWarning, match=r"resumed with the 2 processes .*; found 1\. .* are dropped"):
+        alone.fit(
+            module(backbone=network, accumulate_meta_batches=3),
+            datamodule=data(4, batches_per_epoch=5),
+            ckpt_path=tmp_path / "stop.ckpt",
+        )
 
 
 EXAMPLE = str(ROOT / "examples" / "multi_gpu.py")
@@ -166,4 +238,4 @@ def test_a_process_that_dies_takes_the_run_with_it_and_is_named(tmp_path):
     done = run(str(script), "1", timeout=120)
     assert done.returncode != 0
     told = done.stderr + done.stdout
-    assert "rank 0 of 2 lost another one" in told or f"terminated with code {-signal.SIGKILL}" in told, told[-3000:]
+    assert "every rank must be running for a meta-step; rank 0 of 2 lost another one" in told, told[-3000:]

@@ -17,7 +17,7 @@ from lightning_imaml.functional import adapt, evaluate, meta_gradient, predict
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.linear import Direct
 from lightning_imaml.meta_gradients import FirstOrder, Implicit, Unrolled
-from lightning_imaml.models import SupportNorm, use_support_statistics
+from lightning_imaml.models import Checkpointed, SupportNorm, use_support_statistics
 from lightning_imaml.regularizers import Proximal
 
 WAYS, TASKS = 3, 2
@@ -78,22 +78,22 @@ def support_loss(model, parameters, episode, task):
     return F.cross_entropy(outputs, episode.support_targets[task])
 
 
-def adapted_alone(model, initial, episode, task, steps):
-    """Plain gradient descent on G, differentiable in the initialisation."""
-    mine = {name: p * 1.0 for name, p in initial.items()}
+def adapted_alone(model, initial, episode, task, steps, only=""):
+    """Plain gradient descent on G, differentiable in the initialisation; only parameters with that prefix adapt."""
+    mine = {name: p * 1.0 for name, p in initial.items() if name.startswith(only)}
     for _ in range(steps):
-        pull = sum((mine[name] - p).square().sum() for name, p in initial.items())
-        objective = support_loss(model, mine, episode, task) + STRENGTH / 2 * pull
+        pull = sum((p - initial[name]).square().sum() for name, p in mine.items())
+        objective = support_loss(model, initial | mine, episode, task) + STRENGTH / 2 * pull
         gradients = torch.autograd.grad(objective, list(mine.values()), create_graph=True)
         mine = {name: p - LR * g for (name, p), g in zip(mine.items(), gradients, strict=True)}
-    return mine
+    return initial | mine
 
 
-def outer(model, initial, episode, steps):
+def outer(model, initial, episode, steps, only=""):
     """The mean query loss after adaptation, by two passes a task."""
     losses = []
     for task in range(TASKS):
-        mine = adapted_alone(model, initial, episode, task, steps)
+        mine = adapted_alone(model, initial, episode, task, steps, only)
         support_loss(model, mine, episode, task)
         outputs = functional_call(model, mine, (episode.query_inputs[task],))
         losses.append(F.cross_entropy(outputs, episode.query_targets[task]))
@@ -166,10 +166,11 @@ def test_a_prediction_does_not_depend_on_the_other_queries(norm):
     assert together == (norm is SupportNorm)
 
 
-def test_the_meta_gradient_against_central_differences():
-    """Q depends on the initialisation through the support set's statistics too."""
+@pytest.mark.parametrize("only", ["", "5.", "7."], ids=["all", "a norm", "the head"])
+def test_the_meta_gradient_against_central_differences(only):
+    """Q depends on all parameters, adapted and shared, through the support set's statistics too."""
     model, reference, episode, steps, h = network(), network(TwoPasses), tasks(), 3, 1e-5
-    found = meta_gradient(model, episode, estimator=Unrolled(), **settings(steps))
+    found = meta_gradient(model, episode, estimator=Unrolled(), adapt_only=(f"{only}*",), **settings(steps))
     initial = {name: p.detach() for name, p in reference.named_parameters()}
     torch.manual_seed(0)
     for name, p in initial.items():
@@ -177,18 +178,20 @@ def test_the_meta_gradient_against_central_differences():
         values = []
         for sign in (1, -1):
             moved = {**initial, name: p + sign * h * direction}
-            values.append(outer(reference, {k: v.clone().requires_grad_() for k, v in moved.items()}, episode, steps))
+            values.append(
+                outer(reference, {k: v.clone().requires_grad_() for k, v in moved.items()}, episode, steps, only)
+            )
         expected = (values[0] - values[1]).detach() / (2 * h)
         torch.testing.assert_close((found.grads[name] * direction).sum(), expected, rtol=1e-6, atol=1e-9)
 
 
 def test_implicit_is_unrolled_at_convergence():
     model, reference, episode = network(), network(TwoPasses), tasks(shots=5)
-    implicit = meta_gradient(model, episode, estimator=Implicit(Direct()), **settings(200))
+    implicit = meta_gradient(model, episode, estimator=Implicit(Direct()), **settings(120))
     assert implicit.adapted.residual.max() < 1e-10
     start = parameters(reference)
-    expected = torch.autograd.grad(outer(reference, start, episode, 200), list(start.values()))
-    unrolled = meta_gradient(model, episode, estimator=Unrolled(), **settings(200))
+    expected = torch.autograd.grad(outer(reference, start, episode, 120), list(start.values()))
+    unrolled = meta_gradient(model, episode, estimator=Unrolled(), **settings(120))
     for name, plain in zip(start, expected, strict=True):
         torch.testing.assert_close(unrolled.grads[name], plain, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(implicit.grads[name], plain, rtol=1e-5, atol=1e-8)
@@ -202,6 +205,15 @@ def test_chunks_change_nothing():
     for name, gradient in whole.grads.items():
         torch.testing.assert_close(parts.grads[name], gradient)
     torch.testing.assert_close(parts.query_outputs, whole.query_outputs)
+
+
+@pytest.mark.parametrize("estimator", [Implicit(Direct()), Unrolled()])
+def test_layers_that_are_computed_again_find_the_same_support_set(estimator):
+    plain = nn.Sequential(network()[:4], network()[4:])
+    saving = nn.Sequential(Checkpointed(network()[:4]), network()[4:])
+    expected, found = (meta_gradient(m, tasks(), estimator=estimator, **settings(3)) for m in (plain, saving))
+    for one, other in zip(expected.grads.values(), found.grads.values(), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.slow  # Compiles an inner loop and a query gradient.

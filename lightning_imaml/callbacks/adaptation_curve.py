@@ -16,7 +16,7 @@ from torchmetrics import MetricCollection
 from lightning_imaml import functional
 from lightning_imaml.callbacks.interface import require_interface
 from lightning_imaml.episodes import Episode
-from lightning_imaml.metrics import TaskMean, is_classification
+from lightning_imaml.metrics import EpisodicAccuracy, TaskMean, is_classification
 
 
 class AdaptationCurve(Callback):
@@ -103,8 +103,7 @@ class AdaptationCurve(Callback):
         if not is_classification(outputs, episode.query_targets):
             self._quantity = "loss"
             return losses
-        accuracy: Tensor = (outputs.argmax(dim=-1) == episode.query_targets).float().mean(dim=1)
-        return accuracy
+        return EpisodicAccuracy().of_tasks(outputs, episode.query_targets)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log, and write both files."""

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, default_collate
 from torchvision.transforms.functional import pil_to_tensor
 
 
@@ -132,10 +132,7 @@ class ClassPool:
 
         Classes go by their names where the dataset has them (``classes``, as torchvision's datasets do).
         """
-        labels = read_labels(source)
-        names = class_names(source)
-        if names and all(isinstance(label, int) and 0 <= label < len(names) for label in set(labels)):
-            labels = [names[label] for label in labels]
+        labels = named_labels(source)
         groups: dict[Hashable, list[int]] = {}
         for index, label in enumerate(labels):
             groups.setdefault(label, []).append(index)
@@ -192,6 +189,22 @@ class ClassPool:
         return [label for label in self.members if label in other.members] if comparable else []
 
 
+def named_labels(source: Any) -> list[Any]:
+    """The class of every item of a dataset, by name where the dataset has names.
+
+    The parts of a ``ConcatDataset`` each have their own names for the same numbers.
+    """
+    if isinstance(source, ConcatDataset):
+        return [label for part in source.datasets for label in named_labels(part)]
+    if isinstance(source, Subset):
+        inner = named_labels(source.dataset)
+        return [inner[index] for index in source.indices]
+    labels, names = read_labels(source), class_names(source)
+    if names and all(isinstance(label, int) and 0 <= label < len(names) for label in set(labels)):
+        return [names[label] for label in labels]
+    return labels
+
+
 def read_labels(source: Dataset[Any]) -> list[Any]:
     """Find the label of every item of a dataset.
 
@@ -222,9 +235,6 @@ def read_labels(source: Dataset[Any]) -> list[Any]:
 
 def _stored_labels(source: Any) -> Any:
     """The labels that a dataset holds beside its items, or None."""
-    if isinstance(source, Subset):
-        inner = read_labels(source.dataset)
-        return [inner[index] for index in source.indices]
     if isinstance(source, TensorDataset):
         return source.tensors[1]
     for attribute in ("targets", "labels"):
@@ -236,8 +246,6 @@ def _stored_labels(source: Any) -> Any:
 
 def class_names(source: Any) -> list[str]:
     """The names of a dataset's classes, by label, or an empty list."""
-    if isinstance(source, Subset):
-        return class_names(source.dataset)
     names = getattr(source, "classes", None)
     usable = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
     return list(names) if usable and len(set(names)) == len(names) else []  # type: ignore[arg-type]

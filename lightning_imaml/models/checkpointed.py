@@ -12,6 +12,7 @@ from torch.func import functional_call, vjp
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lightning_imaml.random_states import random_states, set_random_states
+from lightning_imaml.support_set import current_support_rows, support_rows
 
 
 class Checkpointed(nn.Module):
@@ -54,11 +55,13 @@ class Checkpointed(nn.Module):
         # are to be differentiated, vmap does not tell.
         order = sorted(range(len(tensors)), key=lambda k: not tensors[k].is_floating_point())
         differentiable = sum(tensor.is_floating_point() for tensor in tensors)
+        support = current_support_rows()
 
         def run(*ordered: Tensor) -> Tensor:
             found = dict(zip(order, ordered, strict=True))
             named = {name: found[len(inputs) + k] for k, name in enumerate(held)}
-            output: Tensor = functional_call(self.module, named, tuple(found[k] for k in range(len(inputs))))
+            with support_rows(support):
+                output: Tensor = functional_call(self.module, named, tuple(found[k] for k in range(len(inputs))))
             return output
 
         segment = _Segment(run, differentiable, tensors[0].device, self.training)

@@ -49,7 +49,7 @@ class MLP(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Outputs ``[n, outputs]`` of samples ``[n, ...]``."""
-        if inputs[0].numel() != self.inputs:
+        if inputs.shape[1:].numel() != self.inputs:
             raise ValueError(
                 f"MLP: inputs must have {self.inputs} numbers a sample; found {list(inputs.shape)}. Give inputs to MLP."
             )

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 
 from lightning_imaml.data import EpisodicDataModule, LabelledTensors
-from lightning_imaml.data.labelled import ClassPool, gather, read_labels, shuffle_classes
+from lightning_imaml.data.labelled import ClassPool, gather, named_labels, read_labels, shuffle_classes
 from lightning_imaml.data.sampling import DrawnTasks, Shape, ShapeSource, draw_distinct
 
 CLASSES, EACH = 40, 10
@@ -216,7 +216,8 @@ def test_stored_labels_are_found_without_reading(kind, form):
     source = Named(["a", "b"], each=2)
     setattr(source, kind, form([4, 5, 4, 5]))
     assert read_labels(source) == [4, 5, 4, 5]
-    assert read_labels(Subset(source, [1, 2])) == [5, 4]
+    assert named_labels(Subset(source, [1, 2])) == [5, 4]
+    assert named_labels(ConcatDataset([Subset(source, [1]), source])) == [5, 4, 5, 4, 5]
     assert source.reads == 0
 
 
@@ -227,6 +228,19 @@ def test_class_names_come_from_the_dataset():
     assert {name: items.tolist() for name, items in pool.members.items()} == {"cat": [0, 2], "dog": [1, 3]}
     assert pool.named
     assert list(ClassPool.of(Subset(source, [1, 3])).members) == ["dog"]
+
+
+def test_joined_datasets_keep_their_own_names():
+    """Both count from zero, and mean other classes by it."""
+    parts = [Named(["x"], each=4), Named(["x"], each=4)]
+    for part, names in zip(parts, (["cat", "dog"], ["yak", "cat"]), strict=True):
+        part.targets, part.classes = [0, 1, 0, 1], names
+    pool = ClassPool.of(Subset(ConcatDataset(parts), range(1, 8)))
+    assert {name: items.tolist() for name, items in pool.members.items()} == {
+        "dog": [0, 2],
+        "cat": [1, 4, 6],
+        "yak": [3, 5],
+    }
 
 
 def test_labelled_tensors_become_floats():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import warnings
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from PIL import Image
 from torch.utils.data import TensorDataset
 
+from lightning_imaml import IMAMLModule
 from lightning_imaml.data import TasksetDataModule
 from lightning_imaml.data.tasksets import TasksetTasks
 
@@ -91,6 +95,39 @@ def test_a_taskset_of_few_tasks_repeats_them():
     first, second = (tasks(episode) for episode in data.train_dataloader())
     assert first == second
     assert len(set(map(repr, first))) == 3
+
+
+def test_the_tasksets_of_its_benchmarks_feed_the_module(tmp_path):
+    """From ``get_tasksets``, whose CIFAR-FS is a folder of images: here made up, a noisy pattern for each class."""
+    generator = torch.Generator().manual_seed(0)
+    for split, classes in (("train", 6), ("val", 4), ("test", 4)):
+        for label in range(classes):
+            folder = tmp_path / "cifarfs" / "processed" / split / f"{split}{label}"
+            folder.mkdir(parents=True)
+            pattern = torch.rand(8, 8, 3, generator=generator)
+            for k in range(6):
+                pixels = 200 * pattern + 50 * torch.rand(8, 8, 3, generator=generator)
+                Image.fromarray(pixels.byte().numpy()).save(folder / f"{k}.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tasksets = importlib.import_module("learn2learn.vision.benchmarks").get_tasksets(
+            "cifarfs", train_ways=3, train_samples=4, test_ways=3, test_samples=4, root=str(tmp_path)
+        )
+    data = TasksetDataModule(*tasksets, shots=2, tasks_per_batch=4, batches_per_epoch=3, val_tasks=4, test_tasks=4)
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        episode = next(iter(loader))
+        assert episode.support_inputs.shape == episode.query_inputs.shape == (4, 6, 3, 8, 8)
+        # Images and labels belong together: the nearest support images of a query image are those of its class.
+        centres = episode.support_inputs.flatten(2).unflatten(1, (3, 2)).mean(dim=2)
+        nearest = torch.cdist(episode.query_inputs.flatten(2), centres).argmin(dim=2)
+        assert torch.equal(nearest, episode.query_targets)
+    module = IMAMLModule(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3)))
+    run = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
+                  devices=1, enable_model_summary=False)  # fmt: skip
+    run.fit(module, datamodule=data)
+    assert run.global_step == 3
+    (tested,) = run.test(module, datamodule=data, verbose=False)
+    assert tested["test/accuracy"] > 0.9 > tested["test/accuracy_before"]
 
 
 def test_what_does_not_fit_is_explained():

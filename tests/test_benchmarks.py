@@ -1,0 +1,76 @@
+"""The benchmarks at tiny size: what they time happens in turns, and what they print is saved."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from itertools import pairwise
+
+import pytest
+import torch
+
+from benchmarks import overhead, scaling
+from benchmarks.__main__ import main
+from benchmarks.workloads import WORKLOADS, Settings, Workload
+
+TINY = Workload("omniglot", 2, 1, 1, 2, Settings(steps=2, cg_steps=2), filters=2)
+
+
+def numbers(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_overhead(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(WORKLOADS, "omniglot-5-1", TINY)
+    calls = []
+    bare = overhead.meta_gradient
+
+    def spy(model, episode, **settings):
+        calls.append(next(model.parameters()).detach().clone())
+        return bare(model, episode, **settings)
+
+    monkeypatch.setattr(overhead, "meta_gradient", spy)
+    (row,) = main(["--overhead", "--workloads", "omniglot-5-1", "--repeats", "3", "--output", str(tmp_path)])
+    assert len(calls) == overhead.WARM_UP + 3 + 1
+    # In turns with training: every call sees other weights.
+    assert not any(torch.equal(a, b) for a, b in pairwise(calls))
+    assert row["ratio"] == row["training_step_ms"] / row["bare_meta_gradient_ms"]
+    assert 0 < row["loading_ms"] < row["training_step_ms"]
+    assert row["loading_share"] == pytest.approx(row["loading_ms"] / row["training_step_ms"])
+    assert numbers(tmp_path / "overhead.csv") == [{name: str(value) for name, value in row.items()}]
+    assert f"ratio {row['ratio']:.3f}" in capsys.readouterr().out
+
+
+def test_batches_are_timed(monkeypatch):
+    ticks = iter(range(100))
+    monkeypatch.setattr(overhead.time, "perf_counter", lambda: next(ticks) ** 2)
+    timed = overhead.Timed("ab")
+    assert list(timed) == ["a", "b"]
+    assert timed.seconds == [1 - 0, 9 - 4, 25 - 16]
+    assert statistics.median(timed.seconds) == 5
+
+
+def test_scaling(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(scaling, "BASE", TINY)
+    monkeypatch.setattr(scaling, "TASKS", (1, 2))
+    monkeypatch.setattr(scaling, "SIZES", ((2, 1), (2, 2)))
+    monkeypatch.setattr(scaling, "FILTERS", (2, 4))
+    rows = main(["--scaling", "--repeats", "1", "--output", str(tmp_path)])
+    assert [(row["varied"], row["value"], row["x"]) for row in rows] == [
+        ("tasks", "1", 1), ("tasks", "2", 2), ("ways x shots", "2 x 1", 2), ("ways x shots", "2 x 2", 4),
+        ("filters", "2", 2), ("filters", "4", 4),
+    ]  # fmt: skip
+    assert all(row["ms_a_task"] > 0 for row in rows)
+    work = [row["gflop_a_task"] for row in rows]
+    assert work[0] == work[1] == work[2] == work[4], "one task's, whatever the batch"
+    assert work[3] == pytest.approx(2 * work[2], rel=0.2), "twice the support images, the same queries"
+    assert work[5] > 2.5 * work[4]
+    assert numbers(tmp_path / "scaling.csv") == [{name: str(value) for name, value in row.items()} for row in rows]
+    assert (tmp_path / "scaling.png").stat().st_size > 0
+    assert "2 x 2" in capsys.readouterr().out
+
+
+def test_one_kind_at_a_time():
+    with pytest.raises(SystemExit):
+        main(["--scaling", "--overhead"])
