@@ -56,14 +56,19 @@ class Layout:
 
     def network_order(self, rows: Tensor) -> Tensor:
         """``[..., D]`` with the entries of each parameter in the network's own order."""
-        return self._in_network_order().flatten(self.unflatten(rows)) if self.channels_innermost else rows
+        return self._in_network_order().flatten(self.unflatten(rows)) if self._reordered() else rows
 
     def row_order(self, rows: Tensor) -> Tensor:
         """The inverse of :meth:`network_order`."""
-        return self.flatten(self._in_network_order().unflatten(rows)) if self.channels_innermost else rows
+        return self.flatten(self._in_network_order().unflatten(rows)) if self._reordered() else rows
 
     def _in_network_order(self) -> Layout:
         return Layout(self.names, self.shapes)
+
+    def _reordered(self) -> bool:
+        # Not where nothing moves: of a vector that is cut and put together again as it was, PyTorch 2.14's compiler
+        # takes wrong gradients.
+        return any(self._moved(shape) for shape in self.shapes)
 
     def _moved(self, shape: tuple[int, ...]) -> bool:
         return self.channels_innermost and len(shape) == 4

@@ -16,7 +16,7 @@ from lightning_imaml.callbacks import MetaGradientErrorMonitor
 from lightning_imaml.functional import meta_gradient
 from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov
 from lightning_imaml.meta_gradients import FirstOrder, Implicit, Reptile, Truncated, Unrolled
-from lightning_imaml.regularizers import NoRegularizer, Proximal
+from lightning_imaml.regularizers import KroneckerProximal, LowRankProximal, NoRegularizer, Proximal
 from lightning_imaml.tasks import FlatModel
 
 EPISODE = regression_episode()
@@ -171,6 +171,21 @@ def test_the_module_adapts_the_head_alone_and_learns_the_rest(tmp_path):
     loaded = IMAMLModule.load_from_checkpoint(tmp_path / "model.ckpt", backbone=TanhNet().double(), loss=F.mse_loss)
     episode = regression_episode(seed=9)
     assert set(loaded.adapt(episode.support_inputs, episode.support_targets).parameters) == {"out.weight", "out.bias"}
+
+
+@pytest.mark.parametrize("regularizer", [KroneckerProximal(0.5), LowRankProximal(0.5, rank=2)], ids=str)
+def test_learned_matrices_are_trained_in_their_group_saved_and_loaded(regularizer, tmp_path):
+    sgd = functools.partial(torch.optim.SGD, lr=0.0)
+    settings = {"inner_solver": GradientDescent(0.2, 3), "estimator": Implicit(), "regularizer_lr": 0.05}
+    model = module(regularizer=regularizer, optimizer=sgd, **settings)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = fit(model)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {f"strengths.{name}" for name in model.strengths}
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = IMAMLModule.load_from_checkpoint(tmp_path / "model.ckpt", backbone=TanhNet().double(), loss=F.mse_loss)
+    assert loaded.regularizer == regularizer
+    torch.testing.assert_close(dict(loaded.strengths), dict(model.strengths), rtol=0, atol=0)
 
 
 def test_the_error_monitor_says_that_learned_step_sizes_have_no_reference():
