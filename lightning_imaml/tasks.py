@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from lightning_imaml import compilation
-from lightning_imaml.layout import Layout, matches, require_matches
+from lightning_imaml.layout import Layout, matches, require_matches, tied_names
 from lightning_imaml.over_tasks import over_tasks
 from lightning_imaml.regularizers.base import Regularizer
 from lightning_imaml.support_set import support_rows
@@ -93,7 +93,7 @@ class FlatModel:
             adapted = [name for name in adapted if matches(name, adapt_only)]
         self.layout = Layout(tuple(adapted), tuple(tuple(trainable[name].shape) for name in adapted), compile)
         self.shared = tuple(name for name in trainable if name not in adapted)
-        self._tied = _tied_names(module)
+        self._tied = tied_names(module)
         self.stored_dtype, self.device = next(iter(kinds))
         self.dtype = dtype or self.stored_dtype
 
@@ -158,20 +158,6 @@ class FlatModel:
             return pytree.tree_map(lambda t: t[support:], outputs) if support else outputs
 
         return over_tasks(call, self.module, self.unflatten(parameters), inputs)
-
-
-def _tied_names(module: nn.Module) -> dict[str, str]:
-    """The names of parameters that have another name already, by which :class:`FlatModel` knows them.
-
-    PyTorch ties weights by itself, but does not restore those of a layer that stands in a network twice.
-    """
-    first = {parameter: name for name, parameter in module.named_parameters()}
-    placed = (
-        (f"{prefix}.{name}" if prefix else name, parameter)
-        for prefix, layer in module.named_modules()  # Each layer once.
-        for name, parameter in layer.named_parameters(recurse=False, remove_duplicate=False)
-    )
-    return {name: first[parameter] for name, parameter in placed if name != first[parameter]}
 
 
 @contextlib.contextmanager
