@@ -7,6 +7,7 @@ Row i of a parameter matrix holds all trainable parameters of the network that t
 from __future__ import annotations
 
 import contextlib
+import inspect
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -228,7 +229,9 @@ class TaskLoss:
 
     def signature(self) -> Hashable:
         """What else the loss depends on."""
-        return self.model.signature(), self.loss, self.classes, self.support_rows
+        # Compiled code outlives a module whose own method the loss is.
+        loss = weakref.WeakMethod(self.loss) if inspect.ismethod(self.loss) else self.loss
+        return self.model.signature(), loss, self.classes, self.support_rows
 
     def outputs(self, parameters: Tensor) -> Any:
         """The network's outputs ``[T, n, ...]`` at ``[T, D]`` parameters."""
