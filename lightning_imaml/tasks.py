@@ -45,7 +45,8 @@ class FlatModel:
         compile: compile functions of it, see :mod:`lightning_imaml.compilation`. Rows then hold the weights of
             convolutions with the channels innermost, as compiled convolutions read them.
         dtype: the dtype of the rows, in which the network then computes; None for that of its parameters.
-        adapt_only: patterns over parameter names; the trainable parameters that match belong to the rows. None is all.
+        adapt_only: patterns over parameter names; the trainable parameters that match, tied ones by any of their names,
+            belong to the rows. None is all.
 
     Raises:
         ValueError: nothing in the module is trainable, a pattern matches nothing that is, the trainable parameters
@@ -90,8 +91,14 @@ class FlatModel:
                     f"adapt_only must be a sequence of patterns, or None for all; found {adapt_only!r}. For a head "
                     "alone, write ('classifier.*',)."
                 )
-            require_matches(adapt_only, adapted, "adapt_only")
-            adapted = [name for name in adapted if matches(name, adapt_only)]
+            # A tied parameter is one parameter, by whichever of its names.
+            first, names = {p: name for name, p in trainable.items()}, {}
+            for name, parameter in module.named_parameters(remove_duplicate=False):
+                if parameter in first:
+                    names[name] = first[parameter]
+            require_matches(adapt_only, list(names), "adapt_only")
+            chosen = {own for name, own in names.items() if matches(name, adapt_only)}
+            adapted = [name for name in adapted if name in chosen]
         self.layout = Layout(tuple(adapted), tuple(tuple(trainable[name].shape) for name in adapted), compile)
         self.shared = tuple(name for name in trainable if name not in adapted)
         self._tied = tied_names(module)
