@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -201,7 +202,12 @@ class OuterStep(LightningModule):
                 f"every rank must have the same number of training batches; found {counts}. Leave the sampler to the "
                 "Trainer (use_distributed_sampler=True), or set limit_train_batches."
             )
-        begin_next_epoch(self.trainer)
+        if begin_next_epoch(self.trainer):
+            # A plateau's value is not known, since that epoch's validation was missed, too. And PyTorch warns that the
+            # optimizer has not stepped yet: it has, before the checkpoint.
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                self._step_schedulers("epoch", self.current_epoch, plateaus=False)
         if self._counts_meta_steps():
             self._meta_steps()
         # What an earlier fit left in the middle of a meta-step is no part of this one.
@@ -356,12 +362,14 @@ class OuterStep(LightningModule):
         """Step the schedulers that go by epochs, which manual optimization leaves to the module."""
         self._step_schedulers("epoch", self.current_epoch + 1)
 
-    def _step_schedulers(self, interval: str, count: int) -> None:
+    def _step_schedulers(self, interval: str, count: int, plateaus: bool = True) -> None:
         for config in self.trainer.lr_scheduler_configs:
             if config.interval != interval or count % config.frequency:
                 continue
             if not isinstance(config.scheduler, ReduceLROnPlateau):
                 config.scheduler.step()
+                continue
+            if not plateaus:
                 continue
             value: Any = self.trainer.callback_metrics.get(str(self.lr_scheduler_monitor))
             if value is None:

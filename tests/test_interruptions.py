@@ -193,7 +193,7 @@ class ByEpoch(IMAMLModule):
 
 
 @pytest.mark.parametrize("settings", [{}, {"limit_val_batches": 0}, {"val_check_interval": 2}], ids=str)
-@pytest.mark.parametrize("saved", ["at the end of the epoch", "after the fit"])
+@pytest.mark.parametrize("saved", ["after the last batch", "at the end of the epoch", "after the fit"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("epochs", [True, False], ids=["max_epochs", "max_steps"])
 def test_a_resume_between_epochs_begins_the_next_one(tmp_path, epochs, accumulate, saved, settings):
@@ -207,8 +207,13 @@ def test_a_resume_between_epochs_begins_the_next_one(tmp_path, epochs, accumulat
     expected, first, second = (module(accumulate_meta_batches=accumulate, kind=ByEpoch) for _ in range(3))
     whole, rest = Seen(), Seen()
     until(3, whole).fit(expected, datamodule=data())
-    saver = ModelCheckpoint(tmp_path, filename="stop", every_n_epochs=1, save_on_train_epoch_end=True)
-    part = until(1, *[saver] * (saved == "at the end of the epoch"))
+    saver = {
+        "after the last batch": ModelCheckpoint(tmp_path, filename="stop", every_n_train_steps=steps),
+        "at the end of the epoch": ModelCheckpoint(
+            tmp_path, filename="stop", every_n_epochs=1, save_on_train_epoch_end=True
+        ),
+    }
+    part = until(1, *([saver[saved]] if saved in saver else []))
     part.fit(first, datamodule=data())
     if saved == "after the fit":
         part.save_checkpoint(tmp_path / "stop.ckpt")
