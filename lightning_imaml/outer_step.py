@@ -150,7 +150,8 @@ class OuterStep(LightningModule):
         In the middle of a meta-step, every rank's gradients are its own, and rank zero writes those of all.
         """
         state: dict[str, Any] = {"seed": self._seed, "ranks": self.trainer.world_size}
-        if self._tasks_of_step == 0 or self.accumulate_meta_batches == 1:
+        fitted = self.trainer.state.fn == TrainerFn.FITTING  # Else the unfinished meta-step is another Trainer's.
+        if self._tasks_of_step == 0 or self.accumulate_meta_batches == 1 or not fitted:
             return state
         gradients = {name: p.grad.cpu() for name, p in self.named_parameters() if p.grad is not None}
         mine = {"tasks": self._tasks_of_step, "batch": self._batches_done(), "gradients": gradients}
@@ -217,6 +218,13 @@ class OuterStep(LightningModule):
 
     def _agree_on_the_seed(self) -> None:
         drawn, processes = int(torch.randint(2**62, ())), self.trainer.world_size
+        if self.resumed_state is not None and "seed" not in self.resumed_state:
+            rank_zero_warn(
+                "a checkpoint must have been saved by this version to go on exactly; found one of an earlier version. "
+                "Random numbers, of dropout, are others from here on, and the gradients of an unfinished meta-step are "
+                "dropped."
+            )
+            self.resumed_state = None
         if self.resumed_state is None:
             self._seed = drawn if processes == 1 else self.trainer.strategy.broadcast(drawn)
             return

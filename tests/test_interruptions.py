@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -242,6 +243,43 @@ def test_a_checkpoint_that_cannot_hold_the_accumulated_gradients_says_so(tmp_pat
     (checkpoint,) = tmp_path.glob("*.ckpt")
     assert "shares" not in torch.load(checkpoint, weights_only=True)["lightning_imaml"]["outer_step"]
     trainer(tmp_path, max_steps=3).fit(module(accumulate_meta_batches=3), datamodule=data(), ckpt_path=checkpoint)
+
+
+class StopAfter(Callback):
+    """Ends training after a batch, also in the middle of a meta-step."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = batch_idx == 3
+
+
+def test_another_trainer_saves_what_a_fit_left_in_the_middle_of_a_meta_step(tmp_path):
+    model, other = module(accumulate_meta_batches=3), trainer(tmp_path)
+    fitted = trainer(tmp_path, StopAfter())
+    fitted.fit(model, datamodule=data())
+    fitted.save_checkpoint(tmp_path / "fitted.ckpt")
+    other.validate(model, datamodule=data(), verbose=False)
+    other.save_checkpoint(tmp_path / "other.ckpt")
+    found, without = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("fitted", "other"))
+    assert "shares" in found["lightning_imaml"]["outer_step"]
+    assert "shares" not in without["lightning_imaml"]["outer_step"]
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [(None, None), ({}, None), ({"outer_step": {"random": torch.zeros(1)}}, "found one of an earlier version")],
+    ids=["none of ours", "no outer step", "another outer step"],
+)
+def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path, kept, said):
+    part = trainer(tmp_path, max_steps=2)
+    part.fit(module(), datamodule=data())
+    part.save_checkpoint(tmp_path / "new.ckpt")
+    checkpoint = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    del checkpoint["lightning_imaml"]
+    torch.save(checkpoint | ({} if kept is None else {"lightning_imaml": kept}), tmp_path / "old.ckpt")
+    run = trainer(tmp_path, max_steps=3)
+    with pytest.warns(UserWarning, match=said) if said else contextlib.nullcontext():
+        run.fit(module(), datamodule=data(), ckpt_path=tmp_path / "old.ckpt")
+    assert run.global_step == 3
 
 
 @pytest.mark.parametrize("stop", [2, 5, 7])
