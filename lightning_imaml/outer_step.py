@@ -167,6 +167,11 @@ class OuterStep(LightningModule):
 
     def resume_outer_state(self) -> None:
         """Once, at the first training step after a resume: later than what the Trainer itself clears."""
+        if not hasattr(self, "_values"):
+            raise RuntimeError(
+                f"{type(self).__name__}.on_train_start must call super().on_train_start(), which begins to count "
+                "tasks; found that it does not. Call it."
+            )
         state, self.resumed_state = self.resumed_state, None
         if state is None or "shares" not in state or state["ranks"] != self.trainer.world_size:
             return

@@ -305,6 +305,15 @@ def test_an_override_that_would_lose_the_count_of_meta_steps_is_refused():
     trainer().fit(module(OwnCallbacks), loader(1))
 
 
+def test_an_override_that_would_lose_the_count_of_tasks_is_refused():
+    class OwnStart(IMAMLModule):
+        def on_train_start(self):
+            pass
+
+    with pytest.raises(RuntimeError, match=r"OwnStart.on_train_start must call super\(\)"):
+        trainer().fit(module(OwnStart), loader(1))
+
+
 def test_a_plateau_scheduler_can_go_by_steps():
     class Plateau(IMAMLModule):
         def configure_optimizers(self):
