@@ -15,6 +15,7 @@ The configurations are that of the method, ``configs/omniglot_5way_1shot_<method
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 import subprocess
@@ -35,6 +36,7 @@ from lightning_imaml.checkpoints import export_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
+RESUME = Path("resume.ckpt")
 SETTINGS = {2: ((5, 1), (5, 5), (20, 1), (20, 5)), 3: ((5, 1),)}
 
 
@@ -101,15 +103,18 @@ def configurations(table: int, method: str, ways: int, shots: int) -> list[Path]
 
 def train(run: Run) -> LightningCLI:
     """Train for what is left of the budget, from the last checkpoint if there is one."""
-    folder = run.logs / run.name / "fit" / "checkpoints"
-    last = sorted(folder.glob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
+    # The configurations' save_last keeps the last of the best ones only: Lightning saves it together with those.
+    newest = {"filename": RESUME.stem, "enable_version_counter": False}
+    keep_newest = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": newest}
+    resume = run.logs / run.name / "fit" / "checkpoints" / RESUME
     return cli.run(
         [
             "fit", *run.options("fit"),
             "--seed_everything", str(run.seed), "--data.seed", str(run.seed),
-            "--trainer.max_time", f'{{"seconds": {round(60 * run.budget)}}}',
+            "--trainer.max_time", json.dumps({"seconds": round(60 * run.budget)}),
             "--trainer.callbacks+", "_progress.Progress",
-            *(["--ckpt_path", str(last[-1])] if last else []),
+            "--trainer.callbacks+", json.dumps(keep_newest),
+            *(["--ckpt_path", str(resume)] if resume.is_file() else []),
         ]
     )  # fmt: skip
 
