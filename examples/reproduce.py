@@ -3,7 +3,8 @@
 One call trains one method in one setting by the package's own command line, from the configurations in ``configs/``;
 keeps the weights that were best on validation classes; tests them on test classes; adds a row to
 ``docs/results/results.csv`` and draws the tables and the learning curves of all rows anew. A second call with the same
-arguments goes on from the last checkpoint, and the minutes of earlier calls count towards the budget.
+arguments goes on from the last checkpoint, and the minutes of earlier calls count towards the budget; what a call that
+was killed had done since its last checkpoint, one an epoch, counts as not done.
 
     python examples/reproduce.py --table 2 --method imaml_gd --ways 5 --shots 1 --root OMNIGLOT --budget 60
     python examples/reproduce.py --table 3 --method maml --ways 5 --shots 1 --root MINI_IMAGENET --budget 120

@@ -16,7 +16,7 @@ import yaml
 from _progress import Progress
 from lightning.pytorch.callbacks import Timer
 
-from lightning_imaml import IMAMLModule, cli
+from lightning_imaml import IMAMLModule, __version__, cli
 from lightning_imaml.checkpoints import export_weights
 from lightning_imaml.models import Conv4
 
@@ -78,6 +78,7 @@ def accuracy_of_test(plan, *options: str) -> float:
     return 100 * float(metrics["test/accuracy"])
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # Each run has a folder of its own.
 @pytest.mark.filterwarnings("ignore:(?s)Be aware that when using `ckpt_path`, callbacks used to create")
 def test_the_published_weights_give_the_published_number(tmp_path):
     plan = run(tmp_path)
@@ -277,6 +278,25 @@ def test_every_entry_of_the_tables_has_its_configuration(table, method, ways, sh
     assert built.classifier.out_features == ways
 
 
+@pytest.mark.parametrize(
+    ("file", "ways", "solver"),
+    [
+        ("omniglot_5way_imaml_gd", 5, {"lr": 0.1, "steps": 16}),
+        ("omniglot_20way_imaml_gd", 20, {"lr": 0.1, "steps": 25}),
+        ("omniglot_imaml_hf", 20, {"steps": 4, "cg_steps": 5}),
+    ],
+)
+def test_the_papers_own_settings(file, ways, solver, capsys):
+    configs = [*reproduce.configurations(2, file[-8:], ways, 1), reproduce.CONFIGS / "paper" / f"{file}.yaml"]
+    with pytest.raises(SystemExit):
+        cli.run(["fit", *(text for path in configs for text in ("--config", str(path))), "--print_config"])
+    settings = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert settings["regularizer"]["init_args"]["strength"] == 2.0
+    assert settings["estimator"]["init_args"]["linear_solver"]["init_args"]["max_iter"] == 5
+    assert settings["inner_solver"]["init_args"].items() >= solver.items()
+    assert settings["backbone"]["init_args"]["ways"] == ways
+
+
 def test_every_difference_belongs_to_an_entry():
     entries = [(2, m, *s) for m in _results.METHODS for s in reproduce.SETTINGS[2]]
     entries += [(3, m, 5, 1) for m in _results.METHODS]
@@ -295,3 +315,23 @@ def test_what_the_tables_do_not_have_is_refused(options, said, capsys):
     with pytest.raises(SystemExit):
         reproduce.main([*options, "--method", "maml", "--root", "none", "--budget", "1"])
     assert said in capsys.readouterr().err
+
+
+def test_the_commit_is_that_of_the_code_or_else_the_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    assert reproduce.commit() == f"version {__version__}"
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "code.py").write_text("1")
+
+    def git(*command):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", *who, *command], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    head = git("rev-parse", "--short", "HEAD").strip()
+    (tmp_path / "README.md").write_text("no code")
+    assert reproduce.commit() == head
+    (tmp_path / "examples" / "code.py").write_text("2")
+    assert reproduce.commit() == f"{head}+changes"
