@@ -24,9 +24,9 @@ _INTRODUCTION = """\
 # Tables 2 and 3
 
 Written by `examples/reproduce.py` from [results.csv](results.csv) and from [published.csv](published.csv), which names
-its sources: the paper's Table 2 was read in a public transcription of it, and iMAML with gradient descent on
-mini-ImageNet is left out, since no source for it was at hand. Accuracies in per cent. "Here" is the newest row of a
-method and setting; all rows are listed below."""
+its sources: the paper's Table 2 was read in a public transcription of it, Table 3 as other papers quote it, and iMAML
+with gradient descent on mini-ImageNet is left out, since no source for it was at hand. Accuracies in per cent. "Here"
+is the newest row of a method and setting; all rows are listed below."""
 _DIFFERENCES = """\
 ## Protocol: what differs
 
@@ -60,9 +60,15 @@ def add_row(row: Row, path: Path) -> None:
 
 
 def _cell(row: dict[str, str] | None) -> str:
+    """An accuracy of ours, with two digits; one of others, which no digit is added to or taken from."""
     if row is None:
         return "–"
-    return f"{float(row['accuracy']):.2f}" + (f" ± {float(row['interval95']):.2f}" if row["interval95"] else "")
+    accuracy, interval = (
+        (row["accuracy"], row["interval95"])
+        if "code" in row
+        else (f"{float(row['accuracy']):.2f}", f"{float(row['interval95']):.2f}")
+    )
+    return f"{accuracy} ± {interval}" if interval else accuracy
 
 
 def _settings(rows: Iterable[dict[str, str]]) -> list[tuple[int, int]]:
@@ -148,14 +154,14 @@ def model_card(row: Row, weights: Path, command: str) -> str:
     return f"""\
 # {weights.stem}
 
-{METHODS.get(str(row["method"]), row["method"])} on {dataset}, {row["ways"]}-way {row["shots"]}-shot: an initialisation
-that adapts to a task of {row["ways"]} classes from {row["shots"]} image(s) of each.
+{METHODS.get(str(row["method"]), row["method"])} on {dataset}, {row["ways"]}-way {row["shots"]}-shot:
+an initialisation that adapts to a task of {row["ways"]} classes from {row["shots"]} image(s) of each.
 
 | | |
 | --- | --- |
 | test accuracy | {row["accuracy"]:.2f} ± {row["interval95"]:.2f} % over {row["tasks"]} tasks (95 % interval) |
 | protocol | {row["protocol"]} |
-| training | {row["meta_steps"]} meta-steps, {row["minutes"]:.0f} minutes, {row["cores"]} cores, seed {row["seed"]} |
+| training | {row["meta_steps"]} meta-steps, {row["minutes"]:.0f} minutes, {row["cores"]} core(s), seed {row["seed"]} |
 | code | commit {row["commit"]}, torch {row["torch"]} |
 | file | {weights.stat().st_size:,} bytes; weights and settings only, loads with `weights_only=True` |
 

@@ -159,8 +159,8 @@ def protocol(run: Run, tested: LightningCLI) -> str:
     of_test = Protocol.of(tested.model, Episode.of(next(iter(data.test_dataloader()))))
     members = data.tasks("train").pool.members
     of_training = (
-        f"trained with {data.hparams['shots']} shots, {data.hparams['queries']} queries and "
-        f"{data.hparams['tasks_per_batch']} tasks a step, {len(members)} classes of "
+        f"trained with shots {data.hparams['shots']}, queries {data.hparams['queries']}, tasks a step "
+        f"{data.hparams['tasks_per_batch']}, on {len(members)} classes of "
         f"{statistics.median(map(len, members.values())):.0f} images"
     )
     device = "" if tested.model.device.type == "cpu" else f"; tested on {tested.model.device.type}"
@@ -201,7 +201,9 @@ def main(args: list[str] | None = None) -> Row:
     parser.add_argument("--shots", type=int, default=1)
     parser.add_argument("--root", type=Path, required=True, help="the folder of the data")
     parser.add_argument("--budget", type=float, required=True, help="minutes of training, over all calls")
-    parser.add_argument("--config", type=Path, help="one more difference to the configurations; its name is kept")
+    parser.add_argument(
+        "--config", type=Path, help="one more difference to the configurations, whose name is kept: put it in configs/"
+    )
     parser.add_argument("--tasks", type=int, default=1000, help="test tasks, 600 or more")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Run.output)
