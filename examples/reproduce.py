@@ -108,11 +108,12 @@ def train(run: Run) -> LightningCLI:
     newest = {"filename": RESUME.stem, "enable_version_counter": False}
     keep_newest = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": newest}
     resume = run.logs / run.name / "fit" / "checkpoints" / RESUME
+    hours, seconds = divmod(round(60 * run.budget), 3600)
     return cli.run(
         [
             "fit", *run.options("fit"),
             "--seed_everything", str(run.seed), "--data.seed", str(run.seed),
-            "--trainer.max_time", json.dumps({"seconds": round(60 * run.budget)}),
+            "--trainer.max_time", f"{hours // 24:02}:{hours % 24:02}:{seconds // 60:02}:{seconds % 60:02}",
             "--trainer.callbacks+", "_progress.Progress",
             "--trainer.callbacks+", json.dumps(keep_newest),
             *(["--ckpt_path", str(resume)] if resume.is_file() else []),

@@ -185,6 +185,14 @@ def test_the_minutes_of_earlier_calls_count(tmp_path, monkeypatch):
     assert 5 < reproduce.minutes(going.trainer) < 10
 
 
+@pytest.mark.parametrize("configured", [None, {"minutes": 30}], ids=["none", "another"])
+def test_the_budget_is_that_of_the_call(configured, tmp_path):
+    plan = run(tmp_path, budget=1571.5)
+    (tmp_path / "epochs.yaml").write_text(yaml.safe_dump({"trainer": {"max_epochs": 1, "max_time": configured}}))
+    (timer,) = [c for c in reproduce.train(plan).trainer.callbacks if isinstance(c, Timer)]
+    assert timer.time_remaining() + timer.time_elapsed() == pytest.approx(60 * 1571.5)
+
+
 def test_without_a_validation_there_is_nothing_to_publish(tmp_path):
     with pytest.raises(RuntimeError, match="Raise --budget"):
         reproduce.reproduce(run(tmp_path, budget=0.0))
