@@ -123,6 +123,7 @@ def train(run: Run) -> LightningCLI:
 
 def reproduce(run: Run) -> Row:
     """Train, choose by validation, publish the weights, test what is published, and add the row to the tables."""
+    revision = commit()  # Now: a repository may move on while this code trains.
     trainer = train(run).trainer
     best = trainer.checkpoint_callback.best_model_path
     if not best:
@@ -139,7 +140,7 @@ def reproduce(run: Run) -> Row:
         "table": run.table, "dataset": run.dataset, "method": run.method, "ways": run.ways, "shots": run.shots,
         "accuracy": round(metrics["test/accuracy"], 4), "interval95": round(metrics["test/accuracy_interval95"], 4),
         "tasks": run.tasks, "meta_steps": trainer.global_step, "minutes": round(minutes(trainer), 2),
-        "cores": torch.get_num_threads(), "seed": run.seed, "torch": torch.__version__, "commit": commit(),
+        "cores": torch.get_num_threads(), "seed": run.seed, "torch": torch.__version__, "commit": revision,
         "protocol": protocol(run, tested),
     }  # fmt: skip
     keep_curves(run, trainer.log_dir, next(c for c in trainer.callbacks if isinstance(c, Progress)))
