@@ -1,4 +1,4 @@
-"""Checkpoints that a full disk or a crash cannot tear."""
+"""Checkpoints that a full disk or a crash cannot tear, and weights to publish."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 _PART = re.compile(r"\..+\.[0-9a-f]{32}\.part")
 _STALE_SECONDS = 3600.0
+# What Trainer.test and load_from_checkpoint need.
+_OF_MODULE = ("epoch", "global_step", "pytorch-lightning_version", "state_dict", "hparams_name", "hyper_parameters")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -54,6 +56,33 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
         finally:
             part.unlink(missing_ok=True)
+
+
+def export_weights(checkpoint: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Write a small checkpoint to publish: a trained module's weights and settings, and nothing else.
+
+    ``lightning-imaml test --ckpt_path`` and ``load_from_checkpoint`` take it as they take the whole one; training does
+    not go on from it. Left out are the states of optimizer, schedulers, callbacks and loops, and the settings of the
+    data, which name folders of the machine. The file holds plain types only and loads with ``weights_only=True``.
+
+    Args:
+        checkpoint: a checkpoint of the Trainer.
+        target: the file to write.
+
+    Raises:
+        ValueError: ``checkpoint`` has no weights.
+        OSError: ``target`` cannot be written.
+    """
+    whole = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if not isinstance(whole, dict) or "state_dict" not in whole:
+        found = sorted(map(str, whole)) if isinstance(whole, dict) else type(whole).__name__
+        raise ValueError(
+            f"checkpoint must be one of a Trainer, with a state_dict; found {found} in {str(checkpoint)!r}. Pass what "
+            "ModelCheckpoint or Trainer.save_checkpoint wrote."
+        )
+    kept = {name: whole[name] for name in _OF_MODULE if name in whole}
+    noted = {name: value for name, value in whole.get("lightning_imaml", {}).items() if name != "outer_step"}
+    AtomicCheckpointIO().save_checkpoint({**kept, "lightning_imaml": noted}, target)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -43,7 +43,7 @@ NAMES = {
         "Conv4", "MLP", "ResNet12", "WideResNet", "SupportNorm", "use_batch_statistics", "use_support_statistics",
         "add_low_rank_adapters", "Checkpointed",
     ],
-    "lightning_imaml.checkpoints": ["AtomicCheckpointIO"],
+    "lightning_imaml.checkpoints": ["AtomicCheckpointIO", "export_weights"],
     "lightning_imaml.metrics": [
         "EpisodicAccuracy", "EpisodicInterval95", "EpisodicLoss", "EpisodicCalibrationError", "EpisodicMetric",
         "with_intervals",

@@ -1,0 +1,48 @@
+"""Accuracy on the validation tasks against meta-steps and minutes, over all calls that a training takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.trainer.states import TrainerFn
+
+
+def minutes(trainer: Trainer) -> float:
+    """The minutes of training so far, validation and earlier calls included; ``max_time`` must be set."""
+    timer = next(callback for callback in trainer.callbacks if isinstance(callback, Timer))
+    return timer.time_elapsed() / 60
+
+
+class Progress(Callback):
+    """Note every validation of a fit; a resumed fit goes on from the points of its checkpoint.
+
+    Attributes:
+        points: rows of "meta_steps", "minutes", "accuracy" and "interval95" (per cent).
+    """
+
+    def __init__(self) -> None:
+        self.points: list[dict[str, float]] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the accuracy."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        metrics = trainer.callback_metrics
+        self.points.append(
+            {
+                "meta_steps": trainer.global_step,
+                "minutes": minutes(trainer),
+                "accuracy": 100 * float(metrics["val/accuracy"]),
+                "interval95": 100 * float(metrics["val/accuracy_interval95"]),
+            }
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The points, as plain numbers."""
+        return {"points": self.points}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the points of a checkpoint."""
+        self.points = list(state_dict["points"])
