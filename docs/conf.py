@@ -13,7 +13,7 @@ from lightning_imaml import __version__
 
 project = "lightning_imaml"
 release = version = __version__
-copyright = "the lightning_imaml authors"  # noqa: A001 - Sphinx's name
+copyright = "the lightning_imaml authors"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
