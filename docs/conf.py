@@ -21,6 +21,7 @@ myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 
 autodoc_typehints = "description"
+autodoc_preserve_defaults = True
 autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False
@@ -46,7 +47,9 @@ def _math(self: Any, node: nodes.math | nodes.math_block) -> None:
     block = isinstance(node, nodes.math_block)
     tag = "div" if block else "span"
     label = html.escape(node.astext(), quote=True)
-    written = tex2mathml(node.astext().translate(uni2tex_table), as_block=block)
+    written = tex2mathml(node.astext().translate(uni2tex_table))
+    if block:
+        written = written.replace("<math ", '<math display="block" ', 1)
     self.body.append(f'<{tag} class="math notranslate" title="{label}">{written}</{tag}>')
     raise nodes.SkipNode
 

@@ -106,7 +106,7 @@ def definition(file, name):
 
 
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
-STOPS = re.findall(r"^\| (.+?) \| `([\w/]+\.py)::([\w.]+)` \| `(.+)` \|$", ARCHITECTURE, flags=re.MULTILINE)
+STOPS = re.findall(r"^1\. (.+):\\\n   `([\w/]+\.py)::([\w.]+)`\\\n   `(.+)`$", ARCHITECTURE, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize(("stop", "file", "name", "line"), STOPS, ids=[stop for stop, *_ in STOPS])
@@ -118,8 +118,7 @@ def test_the_architecture_names_what_readers_look_for():
     named = " ".join(stop for stop, *_ in STOPS)
     for sought in ("An inner step", "A conjugate gradient iteration", "The implicit formula", "The all-reduce"):
         assert f"**{sought}**" in named
-    table = ARCHITECTURE.split("## ")[0]
-    assert table.count(".py::") == len(STOPS)
+    assert ARCHITECTURE.count(".py::") == len(STOPS)
 
 
 SHOWN = [
