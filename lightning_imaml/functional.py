@@ -320,7 +320,8 @@ def _sound_gradient(result: MetaGradient) -> bool:
 def _nothing_of(result: MetaGradient) -> MetaGradient:
     """The meta-gradient of no tasks: zero."""
     grads = {name: torch.zeros_like(gradient) for name, gradient in result.grads.items()}
-    empty: MetaGradient = pytree.tree_map_only(Tensor, lambda t: t[:0], result)
+    # Without the gradients, which have no dimension of tasks and may have none at all.
+    empty: MetaGradient = pytree.tree_map_only(Tensor, lambda t: t[:0], result._replace(grads={}))
     return empty._replace(grads=grads)
 
 

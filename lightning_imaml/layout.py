@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -87,3 +87,18 @@ def require_matches(patterns: Collection[str], names: Sequence[str], argument: s
             f"{argument} must hold patterns of parameter names; found {unknown}, which match none. The names are "
             f"{list(names)}: '*' stands for any part of them."
         )
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """The other names of parameters that have several, each with the first, by which ``named_parameters`` knows it.
+
+    For ``functional_call(..., tie_weights=False)`` to be given them all: PyTorch ties weights by itself, but does not
+    restore those of a layer that stands in a network twice.
+    """
+    first = {parameter: name for name, parameter in module.named_parameters()}
+    placed = (
+        (f"{prefix}.{name}" if prefix else name, parameter)
+        for prefix, layer in module.named_modules()  # Each layer once.
+        for name, parameter in layer.named_parameters(recurse=False, remove_duplicate=False)
+    )
+    return {name: first[parameter] for name, parameter in placed if name != first[parameter]}

@@ -11,22 +11,32 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_imaml.ranks import open_gathering
 
 
-def begin_next_epoch(trainer: Trainer) -> None:
-    """Where a checkpoint was saved after an epoch had ended, begin the next one; call it in ``on_train_start``.
+def begin_next_epoch(trainer: Trainer) -> bool:
+    """Where a checkpoint was saved after an epoch's last batch, begin the next one; call it in ``on_train_start``.
 
     Lightning 2.6 goes on in the finished epoch: it calls ``on_train_epoch_end`` again, and where that epoch did not end
     with a validation it first takes a batch more, so that all later meta-steps would be of other batches.
+
+    Returns:
+        Whether the checkpoint was saved in ``on_train_batch_end`` of that batch, as ``every_n_train_steps`` does it.
+        Lightning takes the epoch for finished then, so that neither its last validation nor ``on_train_epoch_end``
+        ever comes.
     """
     loop: Any = trainer.fit_loop
     epochs, batches = loop.epoch_progress, loop.epoch_loop.batch_progress
     of_epochs = {epochs.total.ready, epochs.total.started, epochs.total.processed}
     ended = len(of_epochs) == 1 and epochs.total.completed >= epochs.total.processed - 1
     if not loop.epoch_loop.restarting or not batches.is_last_batch or not ended:
-        return
+        return False
+    before_epoch_end: bool = loop.epoch_loop.restarted_on_train_batch_end
     if loop.restarted_on_epoch_end:
         epochs.increment_completed()
+    if before_epoch_end:  # Else Lightning would count the batch in the epoch that begins, and leave its first one out.
+        batches.increment_completed()
+        loop.epoch_loop.reset_restart_stage()
     loop.reset_restart_stage()
     batches.reset_on_run()
+    return before_epoch_end
 
 
 class MetaSteps(Callback):
@@ -58,9 +68,17 @@ class MetaSteps(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell the Trainer how many batches a step has, which its own argument must not in manual optimization."""
-        if stage == "fit":
+        if stage != "fit":
+            return
+        if self.batches == getattr(pl_module, "accumulate_meta_batches", 1):
             trainer.accumulate_grad_batches = self.batches
             self._log_every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        else:  # The Trainer keeps it from an earlier fit of another module. A new list: the hook goes through the old.
+            trainer.callbacks = [  # type: ignore[attr-defined]
+                callback
+                for callback in trainer.callbacks  # type: ignore[attr-defined]
+                if callback is not self
+            ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the interval, and go on where a checkpoint was saved.

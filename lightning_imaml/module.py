@@ -122,7 +122,8 @@ class IMAMLModule(OuterStep):
         self.gradient_clip_val = gradient_clip_val
         self.gradient_clip_algorithm = gradient_clip_algorithm
         self.accumulate_meta_batches = accumulate_meta_batches
-        self.adapt_only = None if adapt_only is None else tuple(adapt_only)
+        # Not the letters of a single pattern, which is refused as it is.
+        self.adapt_only = adapt_only if adapt_only is None or isinstance(adapt_only, str) else tuple(adapt_only)
         self.chunk_size = chunk_size
         # Not ``compile``: that is nn.Module's method.
         self.compile_solves = compile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -149,7 +150,8 @@ class OuterStep(LightningModule):
         In the middle of a meta-step, every rank's gradients are its own, and rank zero writes those of all.
         """
         state: dict[str, Any] = {"seed": self._seed, "ranks": self.trainer.world_size}
-        if self._tasks_of_step == 0 or self.accumulate_meta_batches == 1:
+        fitted = self.trainer.state.fn == TrainerFn.FITTING  # Else the unfinished meta-step is another Trainer's.
+        if self._tasks_of_step == 0 or self.accumulate_meta_batches == 1 or not fitted:
             return state
         gradients = {name: p.grad.cpu() for name, p in self.named_parameters() if p.grad is not None}
         mine = {"tasks": self._tasks_of_step, "batch": self._batches_done(), "gradients": gradients}
@@ -165,6 +167,11 @@ class OuterStep(LightningModule):
 
     def resume_outer_state(self) -> None:
         """Once, at the first training step after a resume: later than what the Trainer itself clears."""
+        if not hasattr(self, "_values"):
+            raise RuntimeError(
+                f"{type(self).__name__}.on_train_start must call super().on_train_start(), which begins to count "
+                "tasks; found that it does not. Call it."
+            )
         state, self.resumed_state = self.resumed_state, None
         if state is None or "shares" not in state or state["ranks"] != self.trainer.world_size:
             return
@@ -201,7 +208,12 @@ class OuterStep(LightningModule):
                 f"every rank must have the same number of training batches; found {counts}. Leave the sampler to the "
                 "Trainer (use_distributed_sampler=True), or set limit_train_batches."
             )
-        begin_next_epoch(self.trainer)
+        if begin_next_epoch(self.trainer):
+            # A plateau's value is not known, since that epoch's validation was missed, too. And PyTorch warns that the
+            # optimizer has not stepped yet: it has, before the checkpoint.
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                self._step_schedulers("epoch", self.current_epoch, plateaus=False)
         if self._counts_meta_steps():
             self._meta_steps()
         # What an earlier fit left in the middle of a meta-step is no part of this one.
@@ -211,6 +223,13 @@ class OuterStep(LightningModule):
 
     def _agree_on_the_seed(self) -> None:
         drawn, processes = int(torch.randint(2**62, ())), self.trainer.world_size
+        if self.resumed_state is not None and "seed" not in self.resumed_state:
+            rank_zero_warn(
+                "a checkpoint must have been saved by this version to go on exactly; found one of an earlier version. "
+                "Random numbers, of dropout, are others from here on, and the gradients of an unfinished meta-step are "
+                "dropped."
+            )
+            self.resumed_state = None
         if self.resumed_state is None:
             self._seed = drawn if processes == 1 else self.trainer.strategy.broadcast(drawn)
             return
@@ -356,12 +375,14 @@ class OuterStep(LightningModule):
         """Step the schedulers that go by epochs, which manual optimization leaves to the module."""
         self._step_schedulers("epoch", self.current_epoch + 1)
 
-    def _step_schedulers(self, interval: str, count: int) -> None:
+    def _step_schedulers(self, interval: str, count: int, plateaus: bool = True) -> None:
         for config in self.trainer.lr_scheduler_configs:
             if config.interval != interval or count % config.frequency:
                 continue
             if not isinstance(config.scheduler, ReduceLROnPlateau):
                 config.scheduler.step()
+                continue
+            if not plateaus:
                 continue
             value: Any = self.trainer.callback_metrics.get(str(self.lr_scheduler_monitor))
             if value is None:

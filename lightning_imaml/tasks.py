@@ -7,6 +7,7 @@ Row i of a parameter matrix holds all trainable parameters of the network that t
 from __future__ import annotations
 
 import contextlib
+import inspect
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from lightning_imaml import compilation
-from lightning_imaml.layout import Layout, matches, require_matches
+from lightning_imaml.layout import Layout, matches, require_matches, tied_names
 from lightning_imaml.over_tasks import over_tasks
 from lightning_imaml.regularizers.base import Regularizer
 from lightning_imaml.support_set import support_rows
@@ -44,7 +45,8 @@ class FlatModel:
         compile: compile functions of it, see :mod:`lightning_imaml.compilation`. Rows then hold the weights of
             convolutions with the channels innermost, as compiled convolutions read them.
         dtype: the dtype of the rows, in which the network then computes; None for that of its parameters.
-        adapt_only: patterns over parameter names; the trainable parameters that match belong to the rows. None is all.
+        adapt_only: patterns over parameter names; the trainable parameters that match, tied ones by any of their names,
+            belong to the rows. None is all.
 
     Raises:
         ValueError: nothing in the module is trainable, a pattern matches nothing that is, the trainable parameters
@@ -89,11 +91,17 @@ class FlatModel:
                     f"adapt_only must be a sequence of patterns, or None for all; found {adapt_only!r}. For a head "
                     "alone, write ('classifier.*',)."
                 )
-            require_matches(adapt_only, adapted, "adapt_only")
-            adapted = [name for name in adapted if matches(name, adapt_only)]
+            # A tied parameter is one parameter, by whichever of its names.
+            first, names = {p: name for name, p in trainable.items()}, {}
+            for name, parameter in module.named_parameters(remove_duplicate=False):
+                if parameter in first:
+                    names[name] = first[parameter]
+            require_matches(adapt_only, list(names), "adapt_only")
+            chosen = {own for name, own in names.items() if matches(name, adapt_only)}
+            adapted = [name for name in adapted if name in chosen]
         self.layout = Layout(tuple(adapted), tuple(tuple(trainable[name].shape) for name in adapted), compile)
         self.shared = tuple(name for name in trainable if name not in adapted)
-        self._tied = _tied_names(module)
+        self._tied = tied_names(module)
         self.stored_dtype, self.device = next(iter(kinds))
         self.dtype = dtype or self.stored_dtype
 
@@ -158,20 +166,6 @@ class FlatModel:
             return pytree.tree_map(lambda t: t[support:], outputs) if support else outputs
 
         return over_tasks(call, self.module, self.unflatten(parameters), inputs)
-
-
-def _tied_names(module: nn.Module) -> dict[str, str]:
-    """The names of parameters that have another name already, by which :class:`FlatModel` knows them.
-
-    PyTorch ties weights by itself, but does not restore those of a layer that stands in a network twice.
-    """
-    first = {parameter: name for name, parameter in module.named_parameters()}
-    placed = (
-        (f"{prefix}.{name}" if prefix else name, parameter)
-        for prefix, layer in module.named_modules()  # Each layer once.
-        for name, parameter in layer.named_parameters(recurse=False, remove_duplicate=False)
-    )
-    return {name: first[parameter] for name, parameter in placed if name != first[parameter]}
 
 
 @contextlib.contextmanager
@@ -242,7 +236,9 @@ class TaskLoss:
 
     def signature(self) -> Hashable:
         """What else the loss depends on."""
-        return self.model.signature(), self.loss, self.classes, self.support_rows
+        # Compiled code outlives a module whose own method the loss is.
+        loss = weakref.WeakMethod(self.loss) if inspect.ismethod(self.loss) else self.loss
+        return self.model.signature(), loss, self.classes, self.support_rows
 
     def outputs(self, parameters: Tensor) -> Any:
         """The network's outputs ``[T, n, ...]`` at ``[T, D]`` parameters."""

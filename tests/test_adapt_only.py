@@ -12,7 +12,7 @@ from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightning_imaml import Episode, compilation
+from lightning_imaml import Episode, IMAMLModule, compilation
 from lightning_imaml.callbacks import LiveTensorBytes
 from lightning_imaml.curvature import GaussNewton
 from lightning_imaml.functional import adapt, evaluate, meta_gradient, predict
@@ -203,7 +203,33 @@ def test_low_rank_adapters_start_from_the_network_and_adapt_alone(make):
     assert support < unadapted
 
 
-def test_an_adapter_adds_a_matrix_of_low_rank():
+def with_some_adapters(network, **settings):
+    network = add_low_rank_adapters(network, rank=2, **settings).double()
+    for adapter in network.modules():
+        if isinstance(adapter, LowRankAdapter):
+            nn.init.normal_(adapter.up.weight)
+    return network
+
+
+def test_adapters_in_attention_whose_output_layer_is_read_and_not_called():
+    torch.manual_seed(0)
+    plain = nn.MultiheadAttention(4, 2, batch_first=True).double()
+    found, x = with_some_adapters(copy.deepcopy(plain)), torch.randn(2, 3, 4).double()
+    with torch.no_grad():
+        plain.out_proj.weight += found.out_proj.up.weight @ found.out_proj.down.weight
+    torch.testing.assert_close(found(x, x, x)[0], plain(x, x, x)[0])
+
+
+def test_adapters_in_both_places_of_a_layer():
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 3)
+    net = with_some_adapters(nn.Sequential(layer, nn.Tanh(), layer))
+    assert net[0] is net[2]
+    assert isinstance(net[0], LowRankAdapter)
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_an_adapter_adds_a_matrix_of_low_rank(padding_mode):
     torch.manual_seed(0)
     layer = nn.Linear(5, 4).double()
     adapter = LowRankAdapter(layer, rank=2)
@@ -212,13 +238,15 @@ def test_an_adapter_adds_a_matrix_of_low_rank():
     assert torch.linalg.matrix_rank(added) == 2
     x = torch.randn(3, 5).double()
     torch.testing.assert_close(adapter(x), F.linear(x, layer.weight + added, layer.bias))
-    conv = nn.Conv2d(3, 4, 3, stride=2, padding=1).double()
+    conv = nn.Conv2d(3, 4, 3, stride=2, padding=1, padding_mode=padding_mode).double()
     adapter = LowRankAdapter(conv, rank=2)
     nn.init.normal_(adapter.up.weight)
     added = torch.einsum("or,rihw->oihw", adapter.up.weight[:, :, 0, 0], adapter.down.weight)
     x = torch.randn(2, 3, 7, 7).double()
-    expected = F.conv2d(x, conv.weight + added, conv.bias, stride=2, padding=1)
-    torch.testing.assert_close(adapter(x), expected)
+    torch.testing.assert_close(adapter.weight, conv.weight + added)
+    with torch.no_grad():
+        expected, conv.weight[:] = adapter(x), conv.weight + added
+    torch.testing.assert_close(conv(x), expected)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +257,7 @@ def test_an_adapter_adds_a_matrix_of_low_rank():
             r"adapt_only must hold patterns .*found \['head.\*'\].*out",
         ),
         (lambda net: run(net, adapt_only="out.*"), r"adapt_only must be a sequence of patterns.*found 'out.\*'"),
+        (lambda net: IMAMLModule(net, adapt_only="out.*"), r"adapt_only must be a sequence.*found 'out.\*'"),
         (lambda net: run(net, adapt_only=()), r"adapt_only must be a sequence of patterns"),
         (lambda net: run(net, Reptile()), r"Reptile: all trainable parameters must adapt.*found \['hidden.weight'"),
         (lambda net: run(net, regularizer=Proximal({"hidden.*": 1.0, "*": 1.0})), r"\['hidden.\*'\], which match none"),
@@ -239,6 +268,14 @@ def test_an_adapter_adds_a_matrix_of_low_rank():
 def test_bad_settings_are_explained(make, words):
     with pytest.raises(ValueError, match=words):
         make(TanhNet().double())
+
+
+def test_a_tied_weight_adapts_by_any_of_its_names():
+    """Not the bias alone of a head that shares its weight with an earlier layer."""
+    net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3)).double()
+    net[2].weight = net[0].weight
+    assert FlatModel(net, adapt_only=("2.*",)).names == ("0.weight", "2.bias")
+    assert FlatModel(net, adapt_only=("0.*",)).shared == ("2.bias",)
 
 
 def test_rows_hold_the_adapted_part_alone(tanh_net):

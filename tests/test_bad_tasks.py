@@ -125,6 +125,15 @@ def test_nothing_is_left_of_a_batch_of_bad_tasks(tanh_net):
     assert all((g == 0).all() for g in result.grads.values())
 
 
+def test_nothing_is_left_of_a_batch_of_bad_tasks_with_learned_strengths(tanh_net):
+    """One number, unlike the gradient of a weight, has no dimension that could be cut."""
+    episode = broken(regression_episode(tasks=1), 0)
+    with pytest.warns(UserWarning, match=r"tasks \[0\]"):
+        result = solve(tanh_net, episode, on_bad_task="skip", regularizer=Proximal(1.0, learned=True))
+    assert result.tasks.shape == (0,)
+    assert result.grads["regularizer.log_strength"] == 0
+
+
 def test_adaptation_names_its_bad_tasks_too(tanh_net):
     episode = broken(regression_episode(), 1)
     with pytest.raises(FloatingPointError, match=r"gradient norm must be finite; found \[nan\] for tasks \[1\]"):

@@ -96,6 +96,31 @@ def test_first_and_second_derivatives_against_finite_differences(batched):
     assert torch.autograd.gradgradcheck(function, (inputs, *rows))
 
 
+class Tied(nn.Module):
+    """Two layers with one weight, one of which stands in the network twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.again, self.second.weight = self.first, self.first.weight
+
+    def forward(self, inputs):
+        return self.again(torch.tanh(self.second(torch.tanh(self.first(inputs)))))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_tied_weights_and_a_layer_that_stands_in_it_twice(chunk_size):
+    torch.manual_seed(0)
+    plain = nn.Sequential(Tied(), nn.Linear(3, 2)).double()
+    saving = copy.deepcopy(plain)
+    weight, saving[0] = saving[0].first.weight, Checkpointed(saving[0])
+    settings = {"loss": F.mse_loss, "chunk_size": chunk_size, **SETTINGS}
+    expected, found = (meta_gradient(net, regression_episode(tasks=2), **settings).grads for net in (plain, saving))
+    for ours, theirs in zip(found.values(), expected.values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    assert saving[0].module.first.weight is saving[0].module.second.weight is weight
+
+
 def test_inputs_that_are_not_differentiable():
     """Indices, and more than one input."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -321,6 +323,23 @@ def test_a_memory_counter_sees_everything(recorded, tanh_net):
             meta_gradient(tanh_net, EPISODE, compile=compiled, **SETTINGS)
         peaks.append(live.peak)
     assert peaks[0] == peaks[1] > 0
+
+
+def test_the_cache_does_not_keep_the_owner_of_a_loss(recorded, tanh_net):
+    """A LightningModule with a loss of its own, and through it its Trainer and its data."""
+
+    class Owner:
+        def loss(self, outputs, targets):
+            return F.mse_loss(outputs, targets)
+
+    owner = Owner()
+    known = weakref.ref(owner)
+    for _ in range(2):
+        meta_gradient(tanh_net, EPISODE, compile=True, **SETTINGS | {"loss": owner.loss})
+    assert len(recorded) == 4  # Once: the step, the query's gradient, the product's two parts.
+    del owner
+    gc.collect()
+    assert known() is None
 
 
 def test_the_cache_is_bounded(recorded, monkeypatch, tanh_net):

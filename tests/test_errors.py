@@ -119,14 +119,26 @@ def test_gauss_newton_explains_that_it_needs_one_tensor():
     assert run(Pair(3, 5), loss=lambda o, t: F.cross_entropy(o[0], t)).loss.isfinite().all()
 
 
-def test_a_regulariser_without_the_initialisation_is_explained():
-    @dataclass(frozen=True)
-    class Anchor(Regularizer):
-        def penalty(self, parameters, initial, strengths):
-            return parameters.sum(dim=1)
+@dataclass(frozen=True)
+class Anchor(Regularizer):
+    power: int
 
+    def penalty(self, parameters, initial, strengths):
+        return parameters.pow(self.power).sum(dim=1)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_a_regulariser_without_the_initialisation_is_explained(power):
+    """Also one with a gradient that varies, by which a meta-gradient of zero would look like any other."""
     with pytest.raises(ValueError, match=r"must depend on the initialisation; found .*Anchor.*Use Proximal"):
-        run(linear(), regularizer=Anchor())
+        run(linear(), regularizer=Anchor(power))
+
+
+def test_a_regulariser_without_the_initialisation_leaves_the_shared_parameters_to_learn():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5))
+    grads = run(net, regularizer=Anchor(2), adapt_only=("2.*",)).grads
+    assert grads["0.weight"].abs().max() > 0
+    assert grads["2.weight"].eq(0).all()
 
 
 @pytest.mark.parametrize("size", [(1, 20, 20), (3, 28, 28)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -193,7 +194,7 @@ class ByEpoch(IMAMLModule):
 
 
 @pytest.mark.parametrize("settings", [{}, {"limit_val_batches": 0}, {"val_check_interval": 2}], ids=str)
-@pytest.mark.parametrize("saved", ["at the end of the epoch", "after the fit"])
+@pytest.mark.parametrize("saved", ["after the last batch", "at the end of the epoch", "after the fit"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("epochs", [True, False], ids=["max_epochs", "max_steps"])
 def test_a_resume_between_epochs_begins_the_next_one(tmp_path, epochs, accumulate, saved, settings):
@@ -207,8 +208,13 @@ def test_a_resume_between_epochs_begins_the_next_one(tmp_path, epochs, accumulat
     expected, first, second = (module(accumulate_meta_batches=accumulate, kind=ByEpoch) for _ in range(3))
     whole, rest = Seen(), Seen()
     until(3, whole).fit(expected, datamodule=data())
-    saver = ModelCheckpoint(tmp_path, filename="stop", every_n_epochs=1, save_on_train_epoch_end=True)
-    part = until(1, *[saver] * (saved == "at the end of the epoch"))
+    saver = {
+        "after the last batch": ModelCheckpoint(tmp_path, filename="stop", every_n_train_steps=steps),
+        "at the end of the epoch": ModelCheckpoint(
+            tmp_path, filename="stop", every_n_epochs=1, save_on_train_epoch_end=True
+        ),
+    }
+    part = until(1, *([saver[saved]] if saved in saver else []))
     part.fit(first, datamodule=data())
     if saved == "after the fit":
         part.save_checkpoint(tmp_path / "stop.ckpt")
@@ -237,6 +243,43 @@ def test_a_checkpoint_that_cannot_hold_the_accumulated_gradients_says_so(tmp_pat
     (checkpoint,) = tmp_path.glob("*.ckpt")
     assert "shares" not in torch.load(checkpoint, weights_only=True)["lightning_imaml"]["outer_step"]
     trainer(tmp_path, max_steps=3).fit(module(accumulate_meta_batches=3), datamodule=data(), ckpt_path=checkpoint)
+
+
+class StopAfter(Callback):
+    """Ends training after a batch, also in the middle of a meta-step."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = batch_idx == 3
+
+
+def test_another_trainer_saves_what_a_fit_left_in_the_middle_of_a_meta_step(tmp_path):
+    model, other = module(accumulate_meta_batches=3), trainer(tmp_path)
+    fitted = trainer(tmp_path, StopAfter())
+    fitted.fit(model, datamodule=data())
+    fitted.save_checkpoint(tmp_path / "fitted.ckpt")
+    other.validate(model, datamodule=data(), verbose=False)
+    other.save_checkpoint(tmp_path / "other.ckpt")
+    found, without = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("fitted", "other"))
+    assert "shares" in found["lightning_imaml"]["outer_step"]
+    assert "shares" not in without["lightning_imaml"]["outer_step"]
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [(None, None), ({}, None), ({"outer_step": {"random": torch.zeros(1)}}, "found one of an earlier version")],
+    ids=["none of ours", "no outer step", "another outer step"],
+)
+def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path, kept, said):
+    part = trainer(tmp_path, max_steps=2)
+    part.fit(module(), datamodule=data())
+    part.save_checkpoint(tmp_path / "new.ckpt")
+    checkpoint = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    del checkpoint["lightning_imaml"]
+    torch.save(checkpoint | ({} if kept is None else {"lightning_imaml": kept}), tmp_path / "old.ckpt")
+    run = trainer(tmp_path, max_steps=3)
+    with pytest.warns(UserWarning, match=said) if said else contextlib.nullcontext():
+        run.fit(module(), datamodule=data(), ckpt_path=tmp_path / "old.ckpt")
+    assert run.global_step == 3
 
 
 @pytest.mark.parametrize("stop", [2, 5, 7])

@@ -189,6 +189,16 @@ def test_every_task_stops_by_itself():
     torch.testing.assert_close(solution.value, torch.linalg.solve(matrix, b), rtol=1e-8, atol=1e-9)
 
 
+def test_iterations_after_the_solution_do_not_make_a_definite_system_indefinite():
+    """As with a regulariser alone, where the support loss is flat: each iteration squares what rounding left."""
+    b = torch.ones(1, 2)
+    for diagonal in (torch.tensor([0.01, 0.01]), torch.tensor([1e-3, 1.0])):
+        solution = ConjugateGradient(max_iter=20).solve(lambda v, d=diagonal: d * v, b)
+        assert not solution.indefinite.any()
+        assert solution.converged.all()
+        torch.testing.assert_close(solution.value, b / diagonal, rtol=1e-5, atol=0)
+
+
 def test_negative_curvature_keeps_the_iterate_and_says_so():
     indefinite = torch.diag(torch.tensor([4.0, 1.0, -2.0], dtype=torch.float64))
     matrix = torch.stack([indefinite, torch.eye(3, dtype=torch.float64)])

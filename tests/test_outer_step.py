@@ -287,6 +287,14 @@ def test_a_trainer_is_given_back_as_it_was():
     assert model.at == [2]
 
 
+def test_a_second_fit_does_not_count_the_meta_steps_of_the_first():
+    model, run = module(CountValidations), trainer(val_check_interval=1)
+    run.fit(module(accumulate_meta_batches=3), loader(6))
+    run.fit_loop.max_epochs = 2
+    run.fit(model, loader(4), loader(1))
+    assert model.at == [3, 4, 5, 6]  # The Trainer goes on counting after two meta-steps.
+
+
 def test_an_override_that_would_lose_the_count_of_meta_steps_is_refused():
     class OwnCallbacks(IMAMLModule):
         def configure_callbacks(self):
@@ -295,6 +303,15 @@ def test_an_override_that_would_lose_the_count_of_meta_steps_is_refused():
     with pytest.raises(RuntimeError, match=r"configure_callbacks must return what super\(\)"):
         trainer().fit(module(OwnCallbacks, accumulate_meta_batches=2), loader(2))
     trainer().fit(module(OwnCallbacks), loader(1))
+
+
+def test_an_override_that_would_lose_the_count_of_tasks_is_refused():
+    class OwnStart(IMAMLModule):
+        def on_train_start(self):
+            pass
+
+    with pytest.raises(RuntimeError, match=r"OwnStart.on_train_start must call super\(\)"):
+        trainer().fit(module(OwnStart), loader(1))
 
 
 def test_a_plateau_scheduler_can_go_by_steps():

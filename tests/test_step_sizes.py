@@ -98,6 +98,22 @@ def test_compiled_steps_give_the_same(name, tanh_net, monkeypatch):
         torch.testing.assert_close(compiled.grads[key], plain.grads[key], rtol=1e-9, atol=1e-12)
 
 
+def test_compiled_steps_know_the_order_of_patterns(tanh_net, monkeypatch):
+    """The first that matches counts: here for the weight of the last layer."""
+    compilation._kept.clear()
+    monkeypatch.setattr(compilation, "_inductor", lambda graph: graph)
+    patterns = [("out.*", 0.1), ("*.weight", 0.3), ("*", 0.2)]
+    losses = []
+    for order in (patterns, [patterns[1], patterns[0], patterns[2]]):
+        solver = GradientDescent(dict(order), 4)
+        plain, compiled = (run(tanh_net, solver, compile=compile).loss for compile in (False, True))
+        torch.testing.assert_close(compiled, plain, rtol=1e-9, atol=1e-12)
+        losses.append(plain)
+    compilation._kept.clear()
+    assert (losses[0] - losses[1]).abs().max() > 1e-4
+    assert GradientDescent(dict(patterns), 4) == GradientDescent(dict(patterns), 4) != Nesterov(dict(patterns), 4)
+
+
 @pytest.mark.parametrize(
     ("estimator", "reason"),
     [

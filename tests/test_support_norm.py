@@ -287,3 +287,11 @@ def test_what_is_lacking_is_named():
         predict(model, rows, episode.query_inputs, support_inputs=episode.support_inputs[:1])
     with pytest.raises(ValueError, match="SupportNorm: the support set must be more than one value a channel; found 1"):
         SupportNorm(4)(torch.zeros(1, 4))
+
+
+def test_both_places_of_a_layer_are_replaced_and_keep_their_parameters():
+    layer = nn.BatchNorm1d(4, track_running_stats=False)
+    network = use_support_statistics(nn.Sequential(layer, nn.Tanh(), layer))
+    assert isinstance(network[0], SupportNorm)
+    assert isinstance(network[2], SupportNorm)
+    assert network[0].weight is network[2].weight is layer.weight

@@ -13,12 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov, TorchOptimizer
 from lightning_imaml.linear import ConjugateGradient, Direct, MinRes, Neumann
-from lightning_imaml.regularizers import Proximal
+from lightning_imaml.regularizers import FullProximal, KroneckerProximal, LowRankProximal, Proximal
 from lightning_imaml.tasks import FlatModel, InnerProblem, TaskLoss
 
 ATEN = torch.ops.aten
 # Those whose result, or its shape, the host has to know.
-WAITING = {ATEN._local_scalar_dense, ATEN.item, ATEN.is_nonzero, ATEN.equal, ATEN.nonzero, ATEN.masked_select}
+WAITING = {
+    ATEN._local_scalar_dense, ATEN.item, ATEN.is_nonzero, ATEN.equal, ATEN.nonzero, ATEN.masked_select,
+    ATEN._linalg_check_errors,
+}  # fmt: skip
 LINE_SEARCH = 12
 
 
@@ -88,6 +91,15 @@ def test_inner_loops_without_tolerance_never_wait(problem, solver):
 @pytest.mark.parametrize("solver", [*LINEAR, Neumann(30), Neumann(30, rtol=1e-3), Direct()], ids=repr)
 def test_linear_solvers_without_tolerance_never_wait(solver):
     assert linear(solver)[1] == 0
+
+
+@pytest.mark.parametrize("regularizer", [FullProximal(), KroneckerProximal(), LowRankProximal(rank=2)], ids=kind)
+def test_matrices_never_wait(problem, regularizer):
+    strengths, row = regularizer.init(problem.support.model), problem.start()
+    bound = regularizer.for_layout(problem.support.model.layout)
+    with Waits() as waits:
+        bound.solve(bound.multiply(row, strengths), strengths)
+    assert waits.count == 0
 
 
 @pytest.mark.parametrize("solver", INNER, ids=kind)

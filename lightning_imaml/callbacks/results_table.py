@@ -169,9 +169,7 @@ class ResultsTable(Callback):
                 if f"accuracy{suffix}" not in metrics:
                     continue
                 accuracy = _percent(metrics[f"accuracy{suffix}"], metrics.get(f"accuracy_interval95{suffix}"))
-                values = (
-                    f"{metrics[name + suffix]:.4g} ± {metrics[f'{name}_interval95{suffix}']:.2g}" for name in others
-                )
+                values = (_with_interval(metrics, name, suffix) for name in others)
                 table.add_row(f"{when} adaptation", accuracy, *values)
             if diverged:
                 self._note = "No row for random weights: their adaptation diverged"
@@ -195,6 +193,12 @@ _TITLES = {"val": "Validation", "test": "Test"}
 def _has_class_indices(episode: Episode) -> bool:
     targets = episode.query_targets
     return isinstance(targets, torch.Tensor) and not targets.is_floating_point()
+
+
+def _with_interval(metrics: dict[str, float], name: str, suffix: str) -> str:
+    value, interval = metrics.get(name + suffix), metrics.get(f"{name}_interval95{suffix}")
+    # What a module logs by itself, it may log after adaptation only.
+    return "–" if value is None or interval is None else f"{value:.4g} ± {interval:.2g}"
 
 
 def _percent(accuracy: float, interval: float | None) -> str:

@@ -35,7 +35,8 @@ class EpisodicDataModule(TaskDataModule):
     Classes, not images, are what the splits must not share. From one dataset the classes are split in a fixed random
     order that does not depend on ``seed``, so that a checkpoint is never tested on classes that it was trained on. The
     classes of several datasets are checked by name, where the datasets have names (``classes``, or labels that are
-    strings); labels that are numbers cannot be compared between datasets.
+    strings), and by number between subsets of one dataset, as ``random_split`` makes them; labels that are numbers
+    cannot be compared between other datasets.
 
     Example:
         >>> import torch
@@ -161,7 +162,8 @@ class EpisodicDataModule(TaskDataModule):
                 "train, val or test must be a dataset of (input, label) pairs; found None for all three. "
                 "Pass at least one, or use a data module that brings its own, such as GlyphDataModule."
             )
-        pools = {name: ClassPool.of(data) for name, data in given.items()}
+        pools = {name: self._usable(name, ClassPool.of(data)) for name, data in given.items()}
+        _require_disjoint(pools)  # In memory, it cannot be seen any more that two are subsets of one dataset.
         if self.hparams["in_memory"]:
             pools = {name: pool.in_memory() for name, pool in pools.items()}
         return self.split_by_class(pools["train"]) if list(pools) == ["train"] else pools
@@ -181,13 +183,7 @@ class EpisodicDataModule(TaskDataModule):
         if self._pools:
             return
         pools = {name: self._usable(name, pool) for name, pool in self.configure_splits().items()}
-        for (name, pool), (other_name, other) in combinations(pools.items(), 2):
-            if shared := pool.overlap(other):
-                raise ValueError(
-                    f"{name} and {other_name} must not share classes; found {len(shared)} in both, "
-                    f"such as {_some(shared)}. Leave them out of one of the two, or pass a single dataset as `train` "
-                    "to have its classes split."
-                )
+        _require_disjoint(pools)
         transforms = (ROTATIONS if self.hparams["rotations"] else {}) | self.class_transforms
         if transforms and "train" in pools:
             pools["train"] = pools["train"].with_transformed(transforms)
@@ -259,7 +255,19 @@ class EpisodicDataModule(TaskDataModule):
         tasks = {split: source for split in ("val", "test") if (source := self.tasks(split)) is not None}
         if not tasks:
             raise ValueError("there must be validation or test classes to save tasks of; found only train. Pass test.")
-        write_episodes(Path(path), {split: (source, self.evaluation_tasks(split)) for split, source in tasks.items()})
+        written = {split: (source, self.evaluation_tasks(split)) for split, source in tasks.items()}
+        write_episodes(Path(path).expanduser(), written)
+
+
+def _require_disjoint(pools: Mapping[str, ClassPool]) -> None:
+    """Raise a ValueError if two splits share a class."""
+    for (name, pool), (other_name, other) in combinations(pools.items(), 2):
+        if shared := pool.overlap(other):
+            raise ValueError(
+                f"{name} and {other_name} must not share classes; found {len(shared)} in both, "
+                f"such as {_some(shared)}. Leave them out of one of the two, or pass a single dataset as `train` "
+                "to have its classes split."
+            )
 
 
 def require_choice(name: str, value: object, choices: Sequence[str]) -> None:

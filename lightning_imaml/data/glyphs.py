@@ -80,8 +80,9 @@ class GlyphDataModule(EpisodicDataModule):
 
     def configure_splits(self) -> Mapping[str, ClassPool]:
         """Draw the letters, or read them from the cache, and split them."""
-        cache_dir = self.hparams["cache_dir"]
-        return self.split_by_class(ClassPool.of(load_glyphs(Path(cache_dir) if cache_dir else default_cache_dir())))
+        folder = self.hparams["cache_dir"]
+        letters = load_glyphs(Path(folder).expanduser() if folder else default_cache_dir())
+        return self.split_by_class(ClassPool.of(letters))
 
 
 def load_glyphs(cache_dir: Path) -> LabelledTensors:

@@ -185,8 +185,15 @@ class ClassPool:
 
     def overlap(self, other: ClassPool) -> list[Hashable]:
         """The classes that both pools hold, as far as that can be told."""
-        comparable = self.source is other.source or (self.named and other.named)
+        comparable = _whole(self.source) is _whole(other.source) or (self.named and other.named)
         return [label for label in self.members if label in other.members] if comparable else []
+
+
+def _whole(source: Any) -> Any:
+    """The dataset that a subset is of: labels that are numbers mean the same in all its subsets."""
+    while isinstance(source, Subset):
+        source = source.dataset
+    return source
 
 
 def named_labels(source: Any) -> list[Any]:

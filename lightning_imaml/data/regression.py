@@ -29,7 +29,10 @@ class RegressionTasks(TaskSource):
 
     def __init__(self, module: RegressionDataModule, split: str, shapes: ShapeSource, seed: int) -> None:
         module = copy.copy(module)
-        module.trainer = None  # which loader workers that are spawned could not be sent
+        # What loader workers that are spawned need not be sent, and perhaps could not. The hook, where there is one,
+        # belongs to the original with its trainer.
+        module.trainer = module.transform = module.train_transform = None
+        vars(module).pop("on_after_batch_transfer", None)
         self.draw, self.split, self.shapes, self.seed = module.draw, split, shapes, seed
 
     def shape(self, number: int) -> Shape:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from dataclasses import fields
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -130,9 +131,17 @@ class StepSizes(SteppingSolver):
         super().__post_init__()
         check(self, "lr", self.lr, self.learned, self.per, self.bounds)
 
+    # Not a dataclass's own, for which the order of patterns would not count: compiled code of one order would run for
+    # another. Nor has a dict a hash.
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._settings() == other._settings()
+
     def __hash__(self) -> int:
-        # Without lr, which has no hash where it is a dict of patterns.
-        return hash((type(self), self.steps, self.tol))
+        return hash((type(self), self._settings()))
+
+    def _settings(self) -> tuple[Hashable, ...]:
+        values = [getattr(self, setting.name) for setting in fields(self)]  # type: ignore[arg-type]
+        return tuple(tuple(value.items()) if isinstance(value, Mapping) else value for value in values)
 
     def rates(self, model: FlatModel) -> dict[str, Tensor]:
         """What is learned: a scalar, one number for each group, or one for each entry ``[D]``."""

@@ -12,7 +12,7 @@ from lightning_imaml.positive import Bounds, Per, Value
 from lightning_imaml.tasks import InnerProblem
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GradientDescent(StepSizes):
     r"""φ ← φ − lr ∇G(φ), with the regulariser in every step (`iMAML <https://arxiv.org/abs/1909.04630>`_, eq. 3).
 
@@ -42,8 +42,6 @@ class GradientDescent(StepSizes):
     learned: bool = False
     per: Per | None = None
     bounds: Bounds | None = None
-
-    __hash__ = StepSizes.__hash__
 
     def init(self, problem: InnerProblem, parameters: Tensor) -> State:
         """The state is the parameters alone."""

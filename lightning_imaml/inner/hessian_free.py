@@ -29,7 +29,8 @@ class HessianFree(SteppingSolver):
 
     Args:
         steps: the most steps a task takes.
-        cg_steps: conjugate gradient iterations a step; the paper takes 5.
+        cg_steps: conjugate gradient iterations a step; the paper takes 5. On Omniglot 2 get to the same ‖∇G‖ with fewer
+            evaluations, see ``docs/experiments``.
         tol: a task stops when ‖∇G‖ ≤ tol. The line search compares values of G, whose rounding it cannot see through:
             tolerances below about the square root of the dtype's precision may not be reached.
         curvature: the exact Hessian, or Gauss-Newton, which has no negative curvature.

@@ -14,7 +14,7 @@ from lightning_imaml.positive import Bounds, Per, Value
 from lightning_imaml.tasks import InnerProblem
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Nesterov(StepSizes):
     r"""Nesterov's accelerated gradient descent with adaptive restart, per task.
 
@@ -52,8 +52,6 @@ class Nesterov(StepSizes):
     per: Per | None = None
     bounds: Bounds | None = None
     positions: ClassVar[int] = 2
-
-    __hash__ = StepSizes.__hash__
 
     def init(self, problem: InnerProblem, parameters: Tensor) -> State:
         """The state is (y, x, t)."""

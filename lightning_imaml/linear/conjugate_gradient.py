@@ -38,7 +38,7 @@ class ConjugateGradient(LinearSolver):
 
     Args:
         max_iter: the most iterations, one product with A each.
-        rtol: a task stops when ‖r‖ ≤ rtol ‖b‖. 0 runs all iterations.
+        rtol: a task stops when ‖r‖ ≤ rtol ‖b‖. 0 runs all iterations, or until r is rounding alone.
         damping: solves (A + damping · I) x = b instead.
         jacobi_probes: precondition by a diagonal estimated with this many products; 0 is without.
         check_every: after how many iterations the host looks whether all tasks are done, for which it waits for the
@@ -77,7 +77,8 @@ class ConjugateGradient(LinearSolver):
         p = rhs.clone() if precondition is None else precondition(rhs)
         rr = norm2 = vecdot(rhs, rhs)
         rz = rr if precondition is None else vecdot(r, p)
-        goal = norm2 * self.rtol**2
+        # Below rounding, what is left is noise: soon pᵀAp would be zero, and a definite system would seem singular.
+        goal = norm2 * max(self.rtol, torch.finfo(rhs.dtype).eps) ** 2
         active = rr > goal
         steps = torch.full_like(rr, self.jacobi_probes, dtype=torch.long)
         indefinite = torch.zeros_like(active)

@@ -36,7 +36,8 @@ class Implicit(Estimator):
             :class:`GaussNewton`, which stays definite where the Hessian does not.
 
     Raises:
-        ValueError: in use, the inner solver has learned step sizes, or R does not depend on the initialisation.
+        ValueError: in use, the inner solver has learned step sizes, or ∇R does not depend on the initialisation,
+            nor is anything else learned.
     """
 
     linear_solver: LinearSolver = ConjugateGradient()  # noqa: RUF009 - frozen, so that sharing it is safe
@@ -74,14 +75,16 @@ def _pull_back(problem: InnerProblem, parameters: Tensor, u: Tensor) -> tuple[Te
         initial = problem.initial.detach().requires_grad_()
         strengths = leaves(problem.strengths)
         gradient = problem.regularizer.gradient(parameters, initial, strengths)
-        if not gradient.requires_grad:
+        meta, constant = [initial, *strengths.values()], not gradient.requires_grad
+        found = [None] if constant else torch.autograd.grad(gradient, meta, -u, allow_unused=True)
+        # Without θ, as where a head is pulled to zero, there may be λ and ω to learn.
+        if constant or (found[0] is None and not strengths and not problem.support.model.shared):
             raise ValueError(
                 f"Implicit: the regularizer's gradient must depend on the initialisation; found {problem.regularizer}, "
                 "whose does not, so that the meta-gradient would be zero. Use Proximal, or another estimator."
             )
-        pulled = torch.autograd.grad(gradient, [initial, *strengths.values()], -u, materialize_grads=True)
-    names = [f"regularizer.{name}" for name in strengths]
-    return pulled[0], dict(zip(names, pulled[1:], strict=True))
+    pulled = [torch.zeros_like(m) if f is None else f for m, f in zip(meta, found, strict=True)]
+    return pulled[0], {f"regularizer.{name}": p for name, p in zip(strengths, pulled[1:], strict=True)}
 
 
 def _pull_back_shared(support: TaskLoss, parameters: Tensor, u: Tensor) -> dict[str, Tensor]:

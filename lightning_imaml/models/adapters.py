@@ -36,6 +36,7 @@ class LowRankAdapter(nn.Module):
             self.down, self.up = nn.Linear(layer.in_features, rank, **kind), nn.Linear(rank, layer.out_features, **kind)
         else:
             places: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+            places["padding_mode"] = layer.padding_mode
             self.down = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, **places, **kind)  # type: ignore[arg-type]
             self.up = nn.Conv2d(rank, layer.out_channels, 1, **kind)
         self.reset_parameters()
@@ -43,6 +44,17 @@ class LowRankAdapter(nn.Module):
     def reset_parameters(self) -> None:
         """Make the path zero."""
         nn.init.zeros_(self.up.weight)  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight with the path's: what attention reads of a linear layer instead of calling it."""
+        path = self.up.weight.flatten(1) @ self.down.weight.flatten(1)  # type: ignore[operator]
+        return self.layer.weight + path.view_as(self.layer.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's own."""
+        return self.layer.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
         """What the layer and the path give together."""
@@ -66,11 +78,14 @@ def add_low_rank_adapters(network: nn.Module, rank: int = 4, layers: Sequence[st
     Raises:
         ValueError: a pattern matches no such layer, or ``rank`` is below 1.
     """
-    found = {name: layer for name, layer in network.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    everything = network.named_modules(remove_duplicate=False)  # Of a layer that stands in it twice, both places.
+    found = {name: layer for name, layer in everything if isinstance(layer, (nn.Linear, nn.Conv2d))}
     found.pop("", None)  # A layer that is the network itself has no place to put an adapter in.
     require_matches(layers, list(found), "layers")
+    chosen = {layer for name, layer in found.items() if matches(name, layers)}
+    adapters = {layer: LowRankAdapter(layer, rank) for layer in found.values() if layer in chosen}
     for name, layer in found.items():
-        if matches(name, layers):
+        if layer in chosen:
             parent, _, own = name.rpartition(".")
-            setattr(network.get_submodule(parent), own, LowRankAdapter(layer, rank))
+            setattr(network.get_submodule(parent), own, adapters[layer])
     return network

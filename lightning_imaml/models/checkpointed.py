@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from lightning_imaml.layout import tied_names
 from lightning_imaml.random_states import random_states, set_random_states
 from lightning_imaml.support_set import current_support_rows, support_rows
 
@@ -55,13 +56,15 @@ class Checkpointed(nn.Module):
         # are to be differentiated, vmap does not tell.
         order = sorted(range(len(tensors)), key=lambda k: not tensors[k].is_floating_point())
         differentiable = sum(tensor.is_floating_point() for tensor in tensors)
-        support = current_support_rows()
+        # Names and numbers alone, so that the graph, which holds this function, keeps no tensor by it.
+        support, count, names, tied = current_support_rows(), len(inputs), tuple(held), tied_names(self.module)
 
         def run(*ordered: Tensor) -> Tensor:
-            found = dict(zip(order, ordered, strict=True))
-            named = {name: found[len(inputs) + k] for k, name in enumerate(held)}
+            found = [tensor for _, tensor in sorted(zip(order, ordered, strict=True), key=lambda pair: pair[0])]
+            named = dict(zip(names, found[count:], strict=True))
+            named |= {other: named[name] for other, name in tied.items()}
             with support_rows(support):
-                output: Tensor = functional_call(self.module, named, tuple(found[k] for k in range(len(inputs))))
+                output: Tensor = functional_call(self.module, named, tuple(found[:count]), tie_weights=False)
             return output
 
         segment = _Segment(run, differentiable, tensors[0].device, self.training)

@@ -129,8 +129,9 @@ def use_support_statistics(module: nn.Module) -> nn.Module:
     Returns:
         The module itself; a module that is a BatchNorm layer gives its replacement.
     """
-    for name, layer in module.named_children():
-        setattr(module, name, use_support_statistics(layer))
+    for name, layer in list(module._modules.items()):  # named_children leaves out the second place of a layer.
+        if layer is not None:
+            setattr(module, name, use_support_statistics(layer))
     if not isinstance(module, _BatchNorm):
         return module
     norm = SupportNorm(module.num_features, module.eps).train(module.training)

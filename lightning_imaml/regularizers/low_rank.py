@@ -69,7 +69,8 @@ class LowRankProximal(MatrixProximal):
         factor, inverse = strengths["factor"], (-strengths["log_diagonal"]).exp()
         scaled = factor * inverse.unsqueeze(1)
         inner = torch.eye(self.rank, dtype=rows.dtype, device=rows.device) + factor.mT @ scaled
-        small = torch.cholesky_solve((rows @ scaled).mT, torch.linalg.cholesky(inner))
+        # Not ``cholesky``, for whose check the host waits for the device: I + UᵀΔU is always positive definite.
+        small = torch.cholesky_solve((rows @ scaled).mT, torch.linalg.cholesky_ex(inner).L)
         return rows * inverse - small.mT @ scaled.mT
 
     def diagonal(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:

@@ -285,3 +285,18 @@ def test_every_metric_with_an_interval_has_a_column(tmp_path, capsys):
         for name in ("cross_entropy", "calibration_error"):
             value, half = (float(metrics[f"test/{key}{suffix}"]) for key in (name, f"{name}_interval95"))
             assert f"{value:.4g} ± {half:.2g}" in row
+
+
+class LogsItsOwn(IMAMLModule):
+    def test_step(self, batch, batch_idx):
+        super().test_step(batch, batch_idx)
+        self.log_dict({"test/own": 0.25, "test/own_interval95": 0.5}, batch_size=batch.tasks)
+
+
+def test_what_is_logged_after_adaptation_only_has_a_dash_before_it(tmp_path, capsys):
+    model = LogsItsOwn(backbone=network(), inner_solver=SOLVER, regularizer=Proximal(0.5))
+    trainer_with(tmp_path, ResultsTable(baseline=False)).test(model, loader(), verbose=False)
+    lines = capsys.readouterr().out.splitlines()
+    rows = {when: next(line for line in lines if f" {when} adaptation" in line) for when in ("after", "before")}
+    assert "0.25 ± 0.5" in rows["after"]
+    assert rows["before"].rstrip(" │|").endswith("–")

@@ -44,6 +44,14 @@ def test_the_tasks_of_a_file_are_those_that_were_written(tmp_path, data, ranges)
     assert (tmp_path / "again.json").read_text() == (tmp_path / "episodes.json").read_text()
 
 
+def test_a_path_may_begin_at_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    module(named()).save_episodes("~/episodes.json")
+    assert (tmp_path / "episodes.json").is_file()
+    module(named(), episodes="~/episodes.json").setup()
+
+
 def test_another_library_can_read_it(tmp_path):
     """Each task names its classes and images; nothing of this package is needed to find them."""
     data = module(named())

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset, random_split
 
 from lightning_imaml.data import EpisodicDataModule, LabelledTensors
 from lightning_imaml.data.labelled import ClassPool, gather, named_labels, read_labels, shuffle_classes
@@ -312,6 +312,19 @@ def test_numbers_of_two_datasets_are_not_compared():
     same = numbered()
     with pytest.raises(ValueError, match="must not share classes; found 40 in both, such as 0, 1, 2, 3, 4, …"):
         EpisodicDataModule(same, test=same, queries=3).setup()
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_numbers_of_two_subsets_of_one_dataset_are_compared(in_memory):
+    """``random_split`` shares out the images, not the classes."""
+    images = TensorDataset(torch.zeros(80, 1, 2, 2, dtype=torch.uint8), torch.arange(80) % 8)
+    settings = {"ways": 2, "queries": 3, "in_memory": in_memory}
+    halves = random_split(images, [40, 40], generator=torch.Generator().manual_seed(0))
+    nested = Subset(halves[1], range(40))
+    with pytest.raises(ValueError, match="train and val must not share classes; found 8 in both"):
+        EpisodicDataModule(halves[0], nested, **settings).setup()
+    apart = [Subset(images, [i for i in range(80) if (i % 8 < 5) == first]) for first in (True, False)]
+    EpisodicDataModule(*apart, **settings).setup()
 
 
 def test_a_split_without_classes():

@@ -112,6 +112,14 @@ def test_tasks_can_be_sent_to_a_spawned_worker():
     assert all(torch.equal(a, b) for a, b in zip(episode, expected, strict=True))
 
 
+def test_spawned_workers_are_not_sent_the_trainer_by_a_transform():
+    data = SinusoidDataModule(tasks_per_batch=2, transform=lambda x: x, train_transform=lambda x: x)
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, unsendable=lambda: None)
+    episode = pickle.loads(pickle.dumps(data.val_dataloader().dataset))[0]
+    assert episode.support_inputs.shape == (2, 10, 1)
+    assert data.transform is not None
+
+
 def test_the_number_of_points_can_be_drawn():
     data = SinusoidDataModule(shots=(5, 7), queries=4, eval_shots=10, eval_queries=(2, 3), tasks_per_batch=2)
     assert {e.support_inputs.shape[1] for e in data.train_dataloader()} == {5, 6, 7}
