@@ -33,7 +33,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: the disk is full, or the folder cannot be written; the message names the file.
         """
-        if "://" in str(path):
+        if "://" in str(path) or storage_options is not None:  # Options are refused there, with the reason.
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)

@@ -158,9 +158,11 @@ def predict(
         ``[T, n, ...]``, computed in the dtype of ``parameters``.
 
     Raises:
-        ValueError: the network needs the support inputs, and they are lacking or do not fit.
+        ValueError: the inputs are of more or fewer tasks than the parameters; or the network needs the support inputs,
+            and they are lacking or do not fit.
     """
     check_chunk_size(chunk_size)
+    _require_same_tasks(parameters, "inputs", inputs)
     flat = _of_adapted(model, parameters)
     rows = flat.flatten(parameters)
     inputs, support = joined(model, flat.cast(support_inputs), flat.cast(inputs))
@@ -200,12 +202,23 @@ def evaluate(
     Raises:
         ValueError: the targets do not fit the outputs, or as for :func:`predict`.
     """
+    _require_same_tasks(parameters, "targets", targets)
     with torch.no_grad():
         outputs = predict(model, parameters, inputs, support_inputs=support_inputs, chunk_size=chunk_size)
         flat = _of_adapted(model, parameters)
         targets = flat.cast(targets)
         task_loss = TaskLoss(flat, loss, inputs, targets, classes_of("targets", targets, loss))
         return task_loss.of(task_loss.check(outputs)), outputs
+
+
+def _require_same_tasks(parameters: Mapping[str, Tensor], name: str, tree: Any) -> None:
+    parts = (pytree.tree_leaves(part) for part in (dict(parameters), tree))
+    found = [sorted({leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}) for leaves in parts]
+    if found[0] != found[1] or len(found[0]) != 1:
+        raise ValueError(
+            f"parameters and {name} must be of the same tasks, [T, ...] each; found T = {found[0]} and {found[1]}. "
+            f"Pass the {name} of the tasks that the parameters were adapted to, with .unsqueeze(0) for one task."
+        )
 
 
 def _of_adapted(model: nn.Module, parameters: Mapping[str, Tensor]) -> FlatModel:

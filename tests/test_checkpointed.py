@@ -96,6 +96,21 @@ def test_first_and_second_derivatives_against_finite_differences(batched):
     assert torch.autograd.gradgradcheck(function, (inputs, *rows))
 
 
+def test_random_numbers_of_a_network_in_evaluation_come_again():
+    """As of dropout that stays on to tell how sure a network is."""
+
+    class Always(nn.Linear):
+        def forward(self, inputs):
+            return F.dropout(super().forward(inputs), 0.5, training=True).square()
+
+    layer, inputs = Always(3, 8).double().eval(), torch.randn(4, 3).double()
+    gradients = []
+    for network in (layer, Checkpointed(layer).eval()):
+        torch.manual_seed(0)
+        gradients += torch.autograd.grad(network(inputs).sum(), layer.weight)
+    torch.testing.assert_close(*gradients)
+
+
 class Tied(nn.Module):
     """Two layers with one weight, one of which stands in the network twice."""
 

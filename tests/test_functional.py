@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lightning_imaml import Episode, over_tasks
 from lightning_imaml.callbacks import LiveTensorBytes
 from lightning_imaml.curvature import GaussNewton, Hessian
-from lightning_imaml.functional import adapt, meta_gradient, predict
+from lightning_imaml.functional import adapt, evaluate, meta_gradient, predict
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.linear import ConjugateGradient, Direct
 from lightning_imaml.meta_gradients import FirstOrder, Implicit
@@ -147,6 +147,18 @@ def test_adapt_and_predict_work_in_inference_mode(tanh_net):
         assert not adapted.parameters[name].requires_grad
     own = {name: p[2] for name, p in expected.parameters.items()}
     torch.testing.assert_close(outputs[2], functional_call(tanh_net, own, (episode.query_inputs[2],)))
+
+
+@pytest.mark.parametrize(("tasks", "given"), [(1, 2), (2, 4), (4, 2)])
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_inputs_and_targets_of_other_tasks_are_refused(tanh_net, tasks, given, chunk_size):
+    episode = regression_episode()
+    rows = {name: p.detach().expand(tasks, *p.shape) for name, p in tanh_net.named_parameters()}
+    inputs, targets = episode.query_inputs, episode.query_targets[:given]
+    with pytest.raises(ValueError, match=rf"parameters and inputs must be of the same .* \[{tasks}\] and \[{given}\]"):
+        predict(tanh_net, rows, inputs[:given], chunk_size=chunk_size)
+    with pytest.raises(ValueError, match=rf"parameters and targets must be of the same .* \[{tasks}\] and \[{given}\]"):
+        evaluate(tanh_net, rows, inputs[:tasks], targets, loss=F.mse_loss, chunk_size=chunk_size)
 
 
 def test_autocast_does_not_reach_the_solves(tanh_net):

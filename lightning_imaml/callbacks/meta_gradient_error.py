@@ -91,7 +91,7 @@ class MetaGradientErrorMonitor(Callback):
         if not self._schedule.due(trainer.global_step):
             return
         with phases.phase(MONITOR):
-            error = self.measure(trainer, pl_module, Episode(*batch))
+            error = self.measure(trainer, pl_module, Episode.of(batch))
         metrics = {
             "relative_error": error.relative_error,
             "cosine": error.cosine,

@@ -68,7 +68,7 @@ class ResultsTable(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count tasks."""
-        self._see(pl_module, Episode(*batch))
+        self._see(pl_module, Episode.of(batch))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the table for the end of fit, or print it if this validation stands alone."""
@@ -98,7 +98,7 @@ class ResultsTable(Callback):
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Adapt the network with random weights to the same tasks."""
-        episode = Episode(*batch)
+        episode = Episode.of(batch)
         self._see(pl_module, episode)
         if self._network is None or not _has_class_indices(episode):
             return

@@ -116,7 +116,7 @@ def _listed(images: Path, table: Path) -> Classes:
     """The pictures that a table lists, by class."""
     where = {name.rpartition("/")[2]: name for name in image_names(images)}
     classes: Classes = {}
-    with table.open(newline="") as file:
+    with table.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
         for row in csv.DictReader(file):
             if "filename" not in row or "label" not in row:
                 raise ValueError(f"{str(table)!r} must have the columns filename,label; found {list(row)}.")

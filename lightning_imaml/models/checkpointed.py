@@ -67,7 +67,7 @@ class Checkpointed(nn.Module):
                 output: Tensor = functional_call(self.module, named, tuple(found[:count]), tie_weights=False)
             return output
 
-        segment = _Segment(run, differentiable, tensors[0].device, self.training)
+        segment = _Segment(run, differentiable, tensors[0].device)
         output: Tensor = _Forward.apply(segment, *(tensors[k] for k in order))
         return output
 
@@ -75,11 +75,11 @@ class Checkpointed(nn.Module):
 class _Segment:
     """A function of tensors, the first of which are differentiable, and the random state that it starts from."""
 
-    def __init__(self, run: Callable[..., Tensor], differentiable: int, device: torch.device, random: bool) -> None:
+    def __init__(self, run: Callable[..., Tensor], differentiable: int, device: torch.device) -> None:
         self.run = run
         self.differentiable = differentiable
         self.device = device
-        self.states = random_states(device) if random else None
+        self.states = random_states(device)  # In evaluation too: some networks draw random numbers there.
 
     def pull_back(self, slope: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """slopeᵀ J, for each differentiable tensor."""
@@ -90,9 +90,6 @@ class _Segment:
     @contextmanager
     def same_random_numbers(self) -> Iterator[None]:
         """Draw what the first run drew."""
-        if self.states is None:
-            yield
-            return
         outside = random_states(self.device)
         set_random_states(self.states, self.device)
         try:

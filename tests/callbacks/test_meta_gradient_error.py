@@ -1,6 +1,7 @@
 """The reference meta-gradient against its closed form, and the monitor in training."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,6 +226,12 @@ def test_the_monitor_logs_what_the_closed_form_says(tmp_path):
         assert step["meta_gradient/reference_inner_residual"] <= 1e-6
         assert step["meta_gradient/reference_linear_residual"] <= 1e-6
         assert step["meta_gradient/reference_indefinite"] == 0
+
+
+def test_a_batch_that_is_no_episode_is_refused():
+    pair = (torch.zeros(1, 2, FEATURES), torch.zeros(1, 2, 1))
+    with pytest.raises(TypeError, match=r"a batch must be an Episode of .*; found 2 parts"):
+        MetaGradientErrorMonitor(1).on_train_batch_start(SimpleNamespace(global_step=0), module(), pair, 0)
 
 
 class Noisy(nn.Module):

@@ -55,7 +55,7 @@ def lay_out(tree, root, layout):
         elif layout == "zips without a folder":
             shutil.make_archive(str(root / split), "zip", tree / split)
         else:
-            with (root / f"{split}.csv").open("w", newline="") as file:
+            with (root / f"{split}.csv").open("w", newline="", encoding="utf-8-sig") as file:  # as spreadsheets write
                 writer = csv.writer(file)
                 writer.writerow(("filename", "label"))
                 for label in classes:
