@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LEARN2LEARN := $(VENV)/.learn2learn
+SPHINX := $(VENV)/.sphinx
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast lint format benchmark clean
+.PHONY: help install demo test fast lint format docs benchmark clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +24,10 @@ $(STAMP): setup.cfg
 $(LEARN2LEARN): $(STAMP) requirements/learn2learn.txt
 	$(BIN)/python -m pip install --quiet --use-pep517 -r requirements/learn2learn.txt
 	touch $(LEARN2LEARN)
+
+$(SPHINX): $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $(SPHINX)
 
 demo: $(STAMP)  ## Meta-train on the embedded letters, test on unseen ones, show the result
 	$(BIN)/python examples/quickstart.py
@@ -45,9 +50,12 @@ format: $(STAMP)  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(SPHINX)  ## Build the documentation site in docs/_build/html; warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+
 benchmark: $(LEARN2LEARN)  ## Compare with other code on random images of Omniglot's size
 	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]'
 	$(BIN)/python -m benchmarks --workloads omniglot-5-1 omniglot-20-1
 
 clean:  ## Remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -91,7 +91,7 @@ def adapt(
         support_targets: ``[T, n]`` or ``[T, n, ...]``.
         loss: ``loss(outputs, targets) -> scalar`` for one task.
         inner_solver: what minimises G = L + R.
-        regularizer: R.
+        regularizer: the regulariser R.
         strengths: the regulariser's learned values; None takes their first values.
         rates: the inner solver's learned step sizes; None takes their first values.
         adapt_only: patterns over the names of trainable parameters (``*``, ``?``): those that match adapt, all others
@@ -253,7 +253,7 @@ def meta_gradient(
         outer_loss: the query loss Q; None takes ``loss``.
         inner_solver: what minimises G = L + R.
         estimator: what differentiates; the default is the paper's, with the exact Hessian.
-        regularizer: R.
+        regularizer: the regulariser R.
         strengths: the regulariser's learned values λ; None takes their first values.
         rates: the inner solver's learned step sizes; None takes their first values.
         adapt_only: patterns over the names of trainable parameters (``*``, ``?``): those that match adapt. The others,

@@ -1,19 +1,32 @@
-"""The README's code runs as it stands."""
+"""The code of README and documentation runs as it stands; links, and references to lines of code, lead somewhere."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import re
+import textwrap
+from functools import cache
 from pathlib import Path
 
 import pytest
 from lightning.pytorch import Trainer
+from test_design import NAMES
 from test_trainer_flags import FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
+
+
+def blocks(text):
+    """The Python of a page; blocks in lists are indented."""
+    found = re.findall(r"^( *)```python\n(.*?)^\1```", text, flags=re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(code) for _, code in found]
+
+
+BLOCKS = blocks(README)
+WITH_CODE = [path for path in PAGES if blocks(path.read_text())]
 
 
 def test_there_is_code_to_run():
@@ -25,6 +38,104 @@ def test_there_is_code_to_run():
 def test_the_code_of_the_readme_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: path.stem)
+def test_the_code_of_a_page_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    for number, block in enumerate(blocks(path.read_text())):
+        exec(compile(block, f"{path.name}, block {number}", "exec", dont_inherit=True), names)
+
+
+def test_the_pages_with_code_are_known():
+    assert {"getting_started", "theory", "your_own", "migration", "faq"} <= {path.stem for path in WITH_CODE}
+    fences = {path.stem: path.read_text().count("```python") for path in PAGES}
+    assert {path.stem: len(blocks(path.read_text())) for path in PAGES} == fences
+
+
+# Links
+
+
+@cache
+def prose(path):
+    """A page without its code."""
+    return re.sub(r"^( *)```.*?^\1```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+@cache
+def anchors(path):
+    """The anchors of a page's headings, as GitHub and MyST make them."""
+    titles = re.findall(r"^#+ (.+)$", prose(path), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
+
+
+LINKED = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *PAGES]
+LINKS = [
+    (path, target)
+    for path in LINKED
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(path))
+    if not re.match(r"\w+://", target)
+]
+
+
+@pytest.mark.parametrize(("path", "target"), LINKS, ids=[f"{p.relative_to(ROOT)}-{t}" for p, t in LINKS])
+def test_a_link_leads_somewhere(path, target):
+    file, _, anchor = target.partition("#")
+    found = (path.parent / file).resolve() if file else path
+    assert found.exists()
+    assert not anchor or anchor in anchors(found)
+
+
+def test_links_are_found():
+    assert (ROOT / "docs" / "lightning.md", "#precision") in LINKS
+    assert (ROOT / "README.md", "docs/lightning.md") in LINKS
+
+
+# Architecture and reference
+
+
+def definition(file, name):
+    """The source of a function by its qualified name."""
+    text = (ROOT / file).read_text()
+    node = ast.parse(text)
+    for part in name.split("."):
+        kinds = (ast.ClassDef, ast.FunctionDef)
+        (node,) = [child for child in node.body if isinstance(child, kinds) and child.name == part]
+    return ast.get_source_segment(text, node)
+
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+STOPS = re.findall(r"^1\. (.+):\\\n   `([\w/]+\.py)::([\w.]+)`\\\n   `(.+)`$", ARCHITECTURE, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(("stop", "file", "name", "line"), STOPS, ids=[stop for stop, *_ in STOPS])
+def test_a_line_of_the_architecture_is_in_its_function(stop, file, name, line):
+    assert [code.strip() for code in definition(file, name).splitlines()].count(line) == 1
+
+
+def test_the_architecture_names_what_readers_look_for():
+    named = " ".join(stop for stop, *_ in STOPS)
+    for sought in ("An inner step", "A conjugate gradient iteration", "The implicit formula", "The all-reduce"):
+        assert f"**{sought}**" in named
+    assert ARCHITECTURE.count(".py::") == len(STOPS)
+
+
+SHOWN = [
+    (path, *found)
+    for path in PAGES
+    for found in re.findall(r"\{literalinclude\} (\S+)\n(?::.*\n)*?:pyobject: (\S+)", path.read_text())
+]
+
+
+@pytest.mark.parametrize(("path", "file", "name"), SHOWN, ids=[f"{p.stem}-{n}" for p, _, n in SHOWN])
+def test_code_that_a_page_shows_exists(path, file, name):
+    assert definition((path.parent / file).resolve().relative_to(ROOT), name)
+
+
+def test_the_reference_has_every_public_module():
+    shown = set(re.findall(r"automodule:: (\S+)", " ".join(path.read_text() for path in PAGES)))
+    assert set(NAMES) <= shown
 
 
 LIGHTNING = (ROOT / "docs" / "lightning.md").read_text()
