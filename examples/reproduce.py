@@ -16,7 +16,6 @@ The configurations are that of the method, ``configs/omniglot_5way_1shot_<method
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import subprocess
@@ -37,7 +36,7 @@ from lightning_imaml.checkpoints import export_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
-RESUME = Path("resume.ckpt")
+RESUME = Path("last.ckpt")
 SETTINGS = {2: ((5, 1), (5, 5), (20, 1), (20, 5)), 3: ((5, 1),)}
 
 
@@ -104,9 +103,6 @@ def configurations(table: int, method: str, ways: int, shots: int) -> list[Path]
 
 def train(run: Run) -> LightningCLI:
     """Train for what is left of the budget, from the last checkpoint if there is one."""
-    # The configurations' save_last keeps the last of the best ones only: Lightning saves it together with those.
-    newest = {"filename": RESUME.stem, "enable_version_counter": False}
-    keep_newest = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": newest}
     resume = run.logs / run.name / "fit" / "checkpoints" / RESUME
     hours, seconds = divmod(round(60 * run.budget), 3600)
     return cli.run(
@@ -115,7 +111,6 @@ def train(run: Run) -> LightningCLI:
             "--seed_everything", str(run.seed), "--data.seed", str(run.seed),
             "--trainer.max_time", f"{hours // 24:02}:{hours % 24:02}:{seconds // 60:02}:{seconds % 60:02}",
             "--trainer.callbacks+", "_progress.Progress",
-            "--trainer.callbacks+", json.dumps(keep_newest),
             *(["--ckpt_path", str(resume)] if resume.is_file() else []),
         ]
     )  # fmt: skip

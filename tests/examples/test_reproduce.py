@@ -60,7 +60,11 @@ def run(folder: Path, epochs: int = 2, **changes) -> reproduce.Run:
             "callbacks": [
                 {
                     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                    "init_args": {"monitor": "val/accuracy", "mode": "max", "filename": "best", "save_last": True},
+                    "init_args": {"monitor": "val/accuracy", "mode": "max", "filename": "best"},
+                },
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"filename": "last", "enable_version_counter": False},
                 },
                 {"class_path": "lightning_imaml.callbacks.LearningCurve"},
             ],
@@ -149,9 +153,7 @@ def test_an_entry_of_table_2(tmp_path, omniglot_root, monkeypatch):
 
 def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     def weights(plan):
-        return torch.load(plan.logs / plan.name / "fit" / "checkpoints" / "resume.ckpt", weights_only=True)[
-            "state_dict"
-        ]
+        return torch.load(plan.logs / plan.name / "fit" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
     whole, parts = run(tmp_path / "whole", epochs=3), run(tmp_path / "parts", epochs=3)
     reproduce.train(whole)
