@@ -388,6 +388,7 @@ class OuterStep(LightningModule):
             if value is None:
                 raise ValueError(
                     f"lr_scheduler_monitor must be a logged quantity for ReduceLROnPlateau; found "
-                    f"{self.lr_scheduler_monitor!r}. Logged are {sorted(self.trainer.callback_metrics)}: choose one."
+                    f"{self.lr_scheduler_monitor!r}. Logged are {sorted(self.trainer.callback_metrics)}: choose one, "
+                    "and validate as often as the scheduler steps."
                 )
             config.scheduler.step(value)

@@ -146,6 +146,11 @@ class EpisodicDataModule(TaskDataModule):
             )
         require_choice("small_classes", small_classes, ("raise", "skip"))
         self.class_transforms = dict(class_transforms or {})
+        if rotations and (twice := sorted(self.class_transforms.keys() & ROTATIONS.keys())):
+            raise ValueError(
+                f"class_transforms must have other names than the rotations {sorted(ROTATIONS)}; found {twice}. "
+                "Rename them, or set rotations=False."
+            )
         self._datasets = (train, val, test)
         self._pools: dict[str, ClassPool] = {}
         self._lists: dict[str, ListedTasks] = {}

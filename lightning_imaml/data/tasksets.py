@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ class TasksetTasks(TaskSource):
     """Tasks of a learn2learn ``Taskset``, each a function of (seed, split, number) alone.
 
     learn2learn draws from Python's global random generator, so two runs or two loader workers see other tasks there.
-    Here the generators of Python and of PyTorch are seeded for each task, and put back.
+    Here the generators of Python, NumPy and PyTorch are seeded for each task, and put back.
 
     Args:
         taskset: a ``learn2learn.data.Taskset`` whose tasks have the same number of samples of each class.
@@ -74,14 +75,16 @@ class TasksetTasks(TaskSource):
         number = task % self.taskset.num_tasks if self.taskset.num_tasks > 0 else task
         # A uniform double has 53 random bits.
         drawn = int(float(random_of(self.seed, self.split, number).random()) * 2**53)
-        state = random.getstate()
+        state, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - what transforms draw from
         try:
             with torch.random.fork_rng(devices=[]):
                 random.seed(drawn)
+                np.random.seed(drawn % 2**32)  # noqa: NPY002
                 torch.manual_seed(drawn)
                 inputs, labels = self.taskset.get_task(self.taskset.sample_task_description())
         finally:
             random.setstate(state)
+            np.random.set_state(of_numpy)  # noqa: NPY002
         return inputs, labels
 
 

@@ -6,6 +6,7 @@ import importlib
 import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -80,14 +81,34 @@ def test_tasks_are_the_same_each_time_and_on_any_worker(split):
 
 
 def test_the_global_random_state_is_left_alone():
-    random.seed(0)
-    torch.manual_seed(0)
-    expected = (random.random(), torch.rand(1))
-    random.seed(0)
-    torch.manual_seed(0)
+    def seed():
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        torch.manual_seed(0)
+
+    def drawn():
+        return random.random(), np.random.random(), torch.rand(1)  # noqa: NPY002
+
+    seed()
+    expected = drawn()
+    seed()
     source = TasksetTasks(taskset(), "train", shots=1, seed=0)
     source.episode([0, 1], source.shape(0))
-    assert (random.random(), torch.rand(1)) == expected
+    assert drawn() == expected
+
+
+def test_transforms_that_draw_from_numpy_are_a_function_of_the_task():
+    def noisy(task):
+        for sample in task:
+            sample.transforms.append(lambda pair: (pair[0] + np.random.random(), pair[1]))  # noqa: NPY002
+        return task
+
+    tasks = taskset()
+    tasks.task_transforms.append(noisy)
+    source = TasksetTasks(tasks, "train", shots=1, seed=0)
+    first, second = (source.episode([task], source.shape(0)).support_inputs for task in (3, 4))
+    assert torch.equal(source.episode([3], source.shape(0)).support_inputs, first)
+    assert not torch.equal(first % 1, second % 1)
 
 
 def test_a_taskset_of_few_tasks_repeats_them():

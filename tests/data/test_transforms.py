@@ -162,6 +162,8 @@ def test_transformed_classes():
     for ending, expected in {"mirrored": np.flip(originals, axis=-1), "inverted": 1 - originals}.items():
         found = pool.source.fetch(torch.from_numpy(pool.members[f"{name}/{ending}"]))
         np.testing.assert_allclose(found, expected[pool.members[name]], atol=1e-6)
+    with pytest.raises(ValueError, match=r"other names than the rotations \[.*\]; found \['rot90'\]\. Rename"):
+        module(rotations=True, class_transforms={"rot90": v2.functional.hflip})
     alone = module(class_transforms={"mirrored": v2.functional.hflip})
     alone.setup()
     assert len(alone._pools["train"].members) == 2 * len(upright)
