@@ -97,19 +97,28 @@ class Positive:
         return low * (math.log(high / low) * raw.sigmoid()).exp()
 
 
-def check(owner: object, name: str, value: Value, learned: bool, per: Per | None, bounds: Bounds | None) -> None:
-    """Raise a ValueError unless these settings of an owner's argument make sense together."""
+def check(
+    owner: object, name: str, value: Value, learned: bool, per: Per | None, bounds: Bounds | None, remedy: str
+) -> None:
+    """Raise a ValueError unless these settings of an owner's argument make sense together.
+
+    Args:
+        owner: whose argument it is.
+        name: of the argument.
+        value: what was given for it.
+        learned: whether it is learned.
+        per: what has a learned value of its own.
+        bounds: of learned values.
+        remedy: what to do where the value is not positive.
+    """
     numbers = list(value.values()) if isinstance(value, Mapping) else [value]
     positive = bool(numbers) and all(math.isfinite(number) and number > 0 for number in numbers)
-    kind = "a positive finite number, or patterns with one each" if isinstance(value, Mapping) else None
-    remedy = "At λ = 0 the inner solution does not depend on θ: use an estimator without an implicit system instead."
-    if name != "strength":
-        remedy = "0.1 is a usual start."
-    require(positive, owner, name, kind or "a positive finite number", value, remedy)
+    kind = "a positive finite number" + (", or patterns with one each" if isinstance(value, Mapping) else "")
+    require(positive, owner, name, kind, value, remedy)
     choices = "'layer', 'parameter' or None"
     require(per in (None, "layer", "parameter"), owner, "per", choices, per, "None is one value for each pattern.")
-    remedy = "Set learned=True, or leave it out: fixed values are the same either way."
-    require(per is None or learned, owner, "per", "None where nothing is learned", per, remedy)
+    learn = "Set learned=True, or leave it out: fixed values are the same either way."
+    require(per is None or learned, owner, "per", "None where nothing is learned", per, learn)
     if bounds is None:
         return
     require(learned, owner, "bounds", "None where nothing is learned", bounds, "Set learned=True, or leave them out.")

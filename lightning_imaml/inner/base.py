@@ -129,7 +129,7 @@ class StepSizes(SteppingSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, "lr", self.lr, self.learned, self.per, self.bounds)
+        check(self, "lr", self.lr, self.learned, self.per, self.bounds, "0.1 is a usual start.")
 
     # Not a dataclass's own, for which the order of patterns would not count: compiled code of one order would run for
     # another. Nor has a dict a hash.

@@ -45,7 +45,10 @@ class Proximal(MatrixProximal):
     bounds: Bounds | None = None
 
     def __post_init__(self) -> None:
-        check(self, "strength", self.strength, self.learned, self.per, self.bounds)
+        remedy = (
+            "At λ = 0 the inner solution does not depend on θ: use an estimator without an implicit system instead."
+        )
+        check(self, "strength", self.strength, self.learned, self.per, self.bounds, remedy)
 
     def init(self, model: FlatModel) -> dict[str, Tensor]:
         """What is learned: a scalar, one number for each group, or one for each entry ``[D]``."""
