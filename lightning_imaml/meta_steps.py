@@ -11,6 +11,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_imaml.ranks import open_gathering
 
 
+def row_number(trainer: Trainer) -> int:
+    """The number, from 0, of the meta-step that goes on: that of its row in the loggers.
+
+    Lightning keeps it to itself. It numbers by it what ``log`` is given, which rows of a callback's own must match.
+    """
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
 def begin_next_epoch(trainer: Trainer) -> bool:
     """Where a checkpoint was saved after an epoch's last batch, begin the next one; call it in ``on_train_start``.
 

@@ -21,6 +21,7 @@ from lightning_imaml.functional import Adapted, MetaGradient
 from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.meta_gradients import Estimator, Implicit
+from lightning_imaml.meta_steps import row_number
 from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, TaskMean, is_classification
 from lightning_imaml.outer_step import OuterStep, parameter_groups, refuse_unreached, surrogate, training_values
 from lightning_imaml.phases import META_STEP, phase
@@ -302,7 +303,7 @@ class IMAMLModule(OuterStep):
         due = (batch_idx + 1) % self.accumulate_meta_batches == 0 or self.trainer.is_last_batch
         # The meta-steps of which Lightning writes a row; reading values for the others would only wait for the device.
         every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        logged = (self.trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
+        logged = (row_number(self.trainer) + 1) % every == 0
         before = self._predict_initial(batch) if logged else None  # Before the step changes the initialisation.
         with phase(META_STEP):
             result, error = None, None

@@ -12,6 +12,7 @@ from lightning_imaml.callbacks.interface import require_interface
 from lightning_imaml.callbacks.schedule import EveryNSteps, record
 from lightning_imaml.inner import StepSizes
 from lightning_imaml.layout import Layout
+from lightning_imaml.meta_steps import row_number
 from lightning_imaml.regularizers import MatrixProximal
 from lightning_imaml.tasks import FlatModel
 
@@ -62,7 +63,7 @@ class RegularizerMonitor(Callback):
             return
         record(trainer, means, reduce_op="mean")
         if trainer.is_global_zero:
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            step = row_number(trainer)
             for logger in trainer.loggers:
                 add = getattr(getattr(logger, "experiment", None), "add_histogram", None)
                 if add is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import Trainer
 
+from lightning_imaml.meta_steps import row_number
+
 
 class EveryNSteps:
     """True once in each ``n`` optimizer steps: at the last of them, so at steps n, 2n, … counted from one.
@@ -52,4 +54,4 @@ def record(trainer: Trainer, metrics: dict[str, float], reduce_op: str) -> None:
     numbers = dict(zip(metrics, torch.as_tensor(reduced).tolist(), strict=True))
     trainer.callback_metrics.update({name: torch.tensor(number) for name, number in numbers.items()})
     for logger in trainer.loggers:
-        logger.log_metrics(numbers, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        logger.log_metrics(numbers, step=row_number(trainer))
