@@ -8,6 +8,7 @@ about half of the tasks, where TorchOpt goes on.
 
     python -m benchmarks --omniglot PATH --mini-imagenet PATH    # without a path: random images of that size
     python -m benchmarks --overhead      # instead: a training step under Lightning against the bare meta-gradient
+    python -m benchmarks --kernels       # instead: the convolutions alone, a floor under everything that is eager
     python -m benchmarks --scaling       # instead: time a task against tasks a batch, ways and shots, and width
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import overhead, scaling
+from benchmarks import kernels, overhead, scaling
 from benchmarks.sides import Row, Side, operations, package, save
 from benchmarks.workloads import WORKLOADS, Workload
 from lightning_imaml import Episode
@@ -126,6 +127,7 @@ def main(args: list[str] | None = None) -> list[Row]:
     parser.add_argument("--gradients", nargs="+", choices=PEERS, default=list(PEERS))
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--overhead", action="store_true", help=overhead.__doc__.splitlines()[0])
+    kind.add_argument("--kernels", action="store_true", help=kernels.__doc__.splitlines()[0])
     kind.add_argument("--scaling", action="store_true", help=scaling.__doc__.splitlines()[0])
     parser.add_argument("--compile", action="store_true", help="with --overhead and --scaling: compiled")
     parser.add_argument("--repeats", type=int, default=5)
@@ -135,6 +137,8 @@ def main(args: list[str] | None = None) -> list[Row]:
     roots = {"omniglot": options.omniglot, "mini-imagenet": options.mini_imagenet}
     if options.scaling:
         return scaling.run(options.repeats, options.compile, options.output)
+    if options.kernels:
+        return kernels.run(options.workloads, roots, options.repeats, options.output)
     if options.overhead:
         return overhead.run(options.workloads, roots, options.repeats, options.compile, options.output)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32; ms a task")
