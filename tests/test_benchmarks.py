@@ -8,8 +8,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from benchmarks import overhead, scaling
+from benchmarks import kernels, overhead, scaling
 from benchmarks.__main__ import main
 from benchmarks.workloads import WORKLOADS, Settings, Workload
 
@@ -69,6 +70,31 @@ def test_scaling(monkeypatch, tmp_path, capsys):
     assert numbers(tmp_path / "scaling.csv") == [{name: str(value) for name, value in row.items()} for row in rows]
     assert (tmp_path / "scaling.png").stat().st_size > 0
     assert "2 x 2" in capsys.readouterr().out
+
+
+def test_convolutions_are_counted():
+    images, weights = torch.rand(2, 3, 8, 8), torch.rand(4, 3, 3, 3, requires_grad=True)
+    with kernels.Convolutions() as noted:
+        for _ in range(3):
+            torch.relu(F.conv2d(images, weights, stride=2)).sum().backward()
+    counts = {call[0]: count for call, count in noted.calls.items()}
+    assert counts == {torch.ops.aten.convolution.default: 3, torch.ops.aten.convolution_backward.default: 3}
+    assert all(kernels.seconds(call) > 0 for call in noted.calls)
+
+
+def test_kernels(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(WORKLOADS, "omniglot-5-1", TINY)
+    monkeypatch.setattr(kernels, "seconds", lambda call: 1e-3)
+    (row,) = main(["--kernels", "--workloads", "omniglot-5-1", "--repeats", "1", "--output", str(tmp_path)])
+    # Every layer once in each inner step, the linearisation and the query loss, forward and backward, and in the
+    # products: more than 4 x 2 x 4 calls; two tasks at a time share them.
+    assert 16 <= row["convolutions_ms_a_task"] < 100
+    assert row["eager_gains_less_than"] == pytest.approx(
+        row["plain_loop_ms_a_task"] / row["convolutions_ms_a_task"], abs=0.01
+    )
+    assert row["convolutions_within_the_package_ms_a_task"] > 0
+    assert numbers(tmp_path / "kernels.csv") == [{name: str(value) for name, value in row.items()}]
+    assert "eager_gains_less_than" in capsys.readouterr().out
 
 
 def test_one_kind_at_a_time():
