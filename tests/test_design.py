@@ -78,7 +78,7 @@ ROOMS = [
     "_version", "component", "layout", "positive", "phases", "episodes", "bad_tasks", "attention", "float32",
     "random_states", "regularizers", "matrix_form", "compilation", "over_tasks", "support_set", "tasks", "ranks",
     "chunks", "curvature", "linear", "inner", "meta_gradients", "preparation", "functional", "metrics", "meta_steps",
-    "outer_step", "checkpoints", "module", "callbacks", "data", "models", "cli",
+    "outer_state", "outer_step", "checkpoints", "module", "callbacks", "data", "models", "cli",
 ]  # fmt: skip
 
 
