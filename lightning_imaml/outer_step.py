@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -28,6 +29,18 @@ _MOST_EMPTY_STEPS = 20
 
 def _tracks_statistics(module: nn.Module) -> bool:
     return any(isinstance(layer, _NormBase) and layer.running_mean is not None for layer in module.modules())
+
+
+def require_positive(name: str, value: int) -> None:
+    """Raise a ValueError unless an argument is at least 1."""
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; found {value}. Leave it out for the default.")
+
+
+def require_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError unless an argument is one of the choices."""
+    if choice not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; found {choice!r}.")
 
 
 def parameter_groups(module: nn.Module, apart: Mapping[nn.Module, tuple[str, float]]) -> list[Any]:
@@ -95,22 +108,41 @@ def _accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
 class OuterStep(OuterState):
     """Takes meta-gradients to the optimizer: mean over ranks, accumulation, clipping, optimizer and schedulers.
 
-    The base of :class:`~lightning_imaml.IMAMLModule`, which sets the attributes and calls :meth:`accumulate`.
+    The base of :class:`~lightning_imaml.IMAMLModule`, which calls :meth:`accumulate`.
 
-    Attributes:
+    Args:
         gradient_clip_val: clip the gradient to this; None does not.
         gradient_clip_algorithm: by its "norm", or every entry by its "value".
+        accumulate_meta_batches: batches for one step.
         lr_scheduler_monitor: the logged quantity that ReduceLROnPlateau watches.
         on_bad_task: "skip" may leave a meta-step without tasks, which is not taken then.
     """
 
-    gradient_clip_val: float | None
-    gradient_clip_algorithm: str
-    lr_scheduler_monitor: str | None
-    on_bad_task: Literal["raise", "skip"]
     _empty_steps = 0
     _clipped = False
+    _warned_indefinite = False
     _values: list[tuple[int, dict[str, Tensor]]]
+
+    def __init__(
+        self,
+        gradient_clip_val: float | None,
+        gradient_clip_algorithm: str,
+        accumulate_meta_batches: int,
+        lr_scheduler_monitor: str | None,
+        on_bad_task: Literal["raise", "skip"],
+    ) -> None:
+        super().__init__()
+        require_positive("accumulate_meta_batches", accumulate_meta_batches)
+        if gradient_clip_val is not None and gradient_clip_val <= 0:
+            raise ValueError(f"gradient_clip_val must be positive or None for no clipping; found {gradient_clip_val}.")
+        require_choice("gradient_clip_algorithm", gradient_clip_algorithm, ("norm", "value"))
+        require_choice("on_bad_task", on_bad_task, ("raise", "skip"))
+        self.automatic_optimization = False
+        self.gradient_clip_val = gradient_clip_val
+        self.gradient_clip_algorithm = gradient_clip_algorithm
+        self.accumulate_meta_batches = accumulate_meta_batches
+        self.lr_scheduler_monitor = lr_scheduler_monitor
+        self.on_bad_task = on_bad_task
 
     def setup(self, stage: str) -> None:
         """Refuse what shards the parameters or joins ranks' statistics; tell weight averaging that there are none."""
@@ -214,6 +246,38 @@ class OuterStep(OuterState):
         names = batches[0][1] if batches else {}
         sums = {name: torch.stack([tasks * values[name] for tasks, values in batches]).sum(dim=0) for name in names}
         return {name: value / total for name, value in sums.items()}, total
+
+    def log_meta_step(
+        self, result: MetaGradient, targets: Any, before: Any, counts: list[int], due: bool
+    ) -> Tensor | None:
+        """Log the means over the tasks of a meta-step at its end, and warn once where most systems are indefinite.
+
+        Args:
+            result: the meta-gradient of a batch's tasks that were good.
+            targets: the query targets of all tasks of the batch.
+            before: the unadapted network's outputs for them; None where no row is due.
+            counts: how many good tasks every rank has.
+            due: whether the batch ends a meta-step.
+
+        Returns:
+            The batch's mean outer loss, over all ranks; None if no task was left.
+        """
+        values = training_values(result, targets, before)
+        values = self.mean_over_ranks(values, len(result.tasks), counts)
+        means, tasks = self.means_of_meta_step(values, sum(counts), due)
+        bar = ("train/outer_loss", "train/accuracy")
+        for name, value in means.items():
+            self.log(name, value, prog_bar=name in bar, batch_size=tasks)
+        if not sum(counts):
+            return None
+        indefinite = values.get("train/indefinite")
+        if indefinite is not None and before is not None and not self._warned_indefinite and indefinite > 0.5:
+            self._warned_indefinite = True
+            rank_zero_warn(
+                f"the linear system is indefinite for {indefinite:.0%} of this batch's tasks, so the meta-gradient "
+                "is far from exact. Use Implicit(..., curvature=GaussNewton()), a stronger regulariser or damping."
+            )
+        return values["train/outer_loss"]
 
     def accumulate(self, surrogate: Tensor, tasks: int, counts: list[int], due: bool) -> None:
         """Add a meta-gradient to ``.grad`` by a backward pass, and step if due.
