@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    BasePredictionWriter,
     EarlyStopping,
     EMAWeightAveraging,
     ModelCheckpoint,
@@ -18,7 +19,9 @@ from small_runs import loader, module, network, trainer, weights
 from torch import nn
 
 from lightning_imaml import IMAMLModule
+from lightning_imaml.data import SinusoidDataModule
 from lightning_imaml.inner import GradientDescent
+from lightning_imaml.models import MLP
 
 
 def test_early_stopping_stops():
@@ -93,3 +96,32 @@ def test_the_checkpoint_of_the_best_value_is_kept(tmp_path):
     assert saver.best_model_score == max(saver.best_k_models.values())
     loaded = IMAMLModule.load_from_checkpoint(saver.best_model_path, backbone=network())
     assert loaded.inner_solver == GradientDescent(0.1, 2)
+
+
+class Writer(BasePredictionWriter):
+    def __init__(self, interval):
+        super().__init__(interval)
+        self.written = []
+
+    def write_on_batch_end(self, trainer, pl_module, prediction, batch_indices, batch, batch_idx, dataloader_idx):
+        self.written.append((batch_indices, prediction))
+
+    def write_on_epoch_end(self, trainer, pl_module, predictions, batch_indices):
+        (of_loader,) = batch_indices
+        self.written += zip(of_loader, predictions, strict=True)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("interval", ["batch", "epoch", "batch_and_epoch"])
+def test_a_prediction_writer_is_told_which_batches_it_writes(interval, workers):
+    data = SinusoidDataModule(
+        shots=2, queries=3, tasks_per_batch=2, batches_per_epoch=1, val_tasks=2, test_tasks=5, num_workers=workers
+    )
+    model, writer = module(backbone=MLP(1, 1, hidden=(4,)), loss=nn.functional.mse_loss), Writer(interval)
+    trainer(writer).predict(model, datamodule=data, return_predictions=False)
+    episodes = data.predict_dataloader().dataset
+    expected = [model.predict_step(episodes[b], 0) for b in range(3)]
+    assert len(writer.written) == 3 * (1 + (interval == "batch_and_epoch"))
+    for k, (indices, prediction) in enumerate(writer.written):
+        assert indices == [k % 3]
+        torch.testing.assert_close(prediction, expected[k % 3])
