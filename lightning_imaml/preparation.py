@@ -55,7 +55,14 @@ def prepare(
                     f"Convert the episode with .to({flat.stored_dtype}), or the backbone with .to({leaf.dtype})."
                 )
     support_classes = classes_of("support_targets", episode.support_targets, loss)
-    query_classes = classes_of("query_targets", episode.query_targets, outer_loss)
+    if episode.query_targets is episode.support_targets and outer_loss is loss:
+        query_classes = support_classes  # Adaptation alone, without a query set; the host waits for a device only once.
+    else:
+        query_classes = classes_of("query_targets", episode.query_targets, outer_loss)
+    if strengths is not None:
+        _require_learned("strengths", strengths, regularizer, "init", regularizer.init(flat))
+    if rates is not None:
+        _require_learned("rates", rates, inner_solver, "rates", inner_solver.rates(flat))
 
     def chunks(episode: Episode) -> Iterator[tuple[InnerProblem, TaskLoss]]:
         # Made when the solves begin, outside inference mode.
@@ -75,6 +82,18 @@ def prepare(
             yield InnerProblem(support, regularizer, initial, values, step_sizes), query
 
     return flat, chunks
+
+
+def _require_learned(
+    argument: str, given: Mapping[str, Tensor], owner: object, method: str, learned: Mapping[str, Tensor]
+) -> None:
+    """Raise a ValueError unless these are what a regulariser or a solver learns, by name and shape."""
+    found, needed = ({name: list(value.shape) for name, value in sorted(tree.items())} for tree in (given, learned))
+    if found != needed:
+        raise ValueError(
+            f"{argument} must hold tensors of the names and shapes that {type(owner).__name__} learns, {needed}; found "
+            f"{found}. Start from those of its method {method}, or leave {argument} out for them."
+        )
 
 
 def classes_of(name: str, targets: Any, loss: LossFunction) -> int | None:
