@@ -16,6 +16,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_imaml import functional
 from lightning_imaml.curvature import GaussNewton
 from lightning_imaml.episodes import Episode
+from lightning_imaml.float32 import Float32Parameters
 from lightning_imaml.functional import Adapted, MetaGradient
 from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import ConjugateGradient
@@ -123,7 +124,7 @@ class IMAMLModule(OuterStep):
         # Not ``compile``: that is nn.Module's method.
         self.compile_solves = compile
         self.solve_precision = solve_precision
-        self.strengths, self.rates = nn.ParameterDict(), nn.ParameterDict()
+        self.strengths, self.rates = Float32Parameters(), Float32Parameters()
         # By stage and dataloader. A dictionary that is no submodule: what a metric holds is no weight of a checkpoint.
         self._metrics: dict[tuple[str, int], LoaderMetrics] = {}
         self._of_data: dict[str, Any] = {}
@@ -196,6 +197,7 @@ class IMAMLModule(OuterStep):
         self.backbone = backbone
         with torch.no_grad():
             flat = FlatModel(backbone, adapt_only=self.adapt_only)
+            flat.dtype = torch.promote_types(flat.dtype, torch.float32)  # Of what is learned, from the start.
             learned = (self.strengths, self.regularizer.init(flat)), (self.rates, self.inner_solver.rates(flat))
             for parameters, start in learned:
                 parameters.update({name: nn.Parameter(value.clone()) for name, value in start.items()})

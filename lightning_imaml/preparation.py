@@ -66,8 +66,8 @@ def prepare(
 
     def chunks(episode: Episode) -> Iterator[tuple[InnerProblem, TaskLoss]]:
         # Made when the solves begin, outside inference mode.
-        values = regularizer.init(flat) if strengths is None else flat.cast(dict(strengths))
-        step_sizes = inner_solver.rates(flat) if rates is None else flat.cast(dict(rates))
+        values = regularizer.init(flat) if strengths is None else _in_dtype_of(flat, strengths)
+        step_sizes = inner_solver.rates(flat) if rates is None else _in_dtype_of(flat, rates)
         initial, state = flat.initial(), flat.state() if flat.shared else None
         query_inputs, support_rows = joined(model, episode.support_inputs, episode.query_inputs)
         size = chunk_size or default_chunk_size(
@@ -94,6 +94,11 @@ def _require_learned(
             f"{argument} must hold tensors of the names and shapes that {type(owner).__name__} learns, {needed}; found "
             f"{found}. Start from those of its method {method}, or leave {argument} out for them."
         )
+
+
+def _in_dtype_of(flat: FlatModel, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Those of a module may have more bits than its network.
+    return {name: value.to(flat.dtype) for name, value in learned.items()}
 
 
 def classes_of(name: str, targets: Any, loss: LossFunction) -> int | None:
