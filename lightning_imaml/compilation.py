@@ -77,6 +77,7 @@ class _Known:
 
 
 _kept: dict[tuple[Hashable, tuple[Hashable, ...]], _Kept] = {}
+_watched: weakref.WeakSet[Any] = weakref.WeakSet()
 _known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
 
 
@@ -150,6 +151,7 @@ def _compiled(
         kept = known.found[call] = _kept[call, known.key] = _kept.pop((call, known.key), _Kept())
         while len(_kept) > _MOST_KEPT:
             del _kept[next(iter(_kept))]
+        _forget_with(_network(known.key))
     if kept.compiled is None and not kept.failed:
         try:
             kept.compiled = _compile(function, batch, known, arguments, kind)
@@ -164,6 +166,20 @@ def _compiled(
                     stacklevel=2,
                 )
     return kept.compiled
+
+
+def _forget_with(network: Hashable) -> None:
+    """See to it that what is kept of a network goes when it does."""
+    module = network() if isinstance(network, weakref.ref) else None
+    if module is not None and module not in _watched:
+        _watched.add(module)
+        weakref.finalize(module, _forget_the_dead).atexit = False
+
+
+def _forget_the_dead() -> None:
+    dead = [key for key in _kept if isinstance(ref := _network(key[1]), weakref.ref) and ref() is None]
+    for key in dead:
+        del _kept[key]
 
 
 def _network(key: Hashable) -> Hashable:

@@ -20,11 +20,17 @@ class Layout:
         shapes: their shapes in the network.
         channels_innermost: whether rows hold the weights of 2-d convolutions as ``[out, height, width, in]``, as
             compiled convolutions read them.
+        tied: the other names of parameters that have several, each with the one in ``names``.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     channels_innermost: bool = False
+    tied: tuple[tuple[str, str], ...] = ()
+
+    def names_of(self, name: str) -> list[str]:
+        """All names of a parameter, the one in ``names`` first."""
+        return [name, *(other for other, first in self.tied if first == name)]
 
     @property
     def sizes(self) -> list[int]:
@@ -75,13 +81,13 @@ class Layout:
 
 
 def matches(name: str, patterns: Collection[str]) -> bool:
-    """Whether a name matches one of the patterns: ``*``, ``?`` and ``[...]`` as in a shell."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    """Whether a name matches one of the patterns: ``*`` and ``?`` as in a shell, but brackets stand for themselves."""
+    return any(fnmatchcase(name, pattern.replace("[", "[[]")) for pattern in patterns)
 
 
 def require_matches(patterns: Collection[str], names: Sequence[str], argument: str) -> None:
     """Raise a ValueError that lists the names if a pattern matches none of them."""
-    unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    unknown = [pattern for pattern in patterns if not any(matches(name, [pattern]) for name in names)]
     if unknown:
         raise ValueError(
             f"{argument} must hold patterns of parameter names; found {unknown}, which match none. The names are "

@@ -156,3 +156,19 @@ class MetaSteps(Callback):
         else:
             due = ends and math.ceil(done / self.batches) % interval == 0
         trainer.val_check_batch = 1 if due else sys.maxsize
+
+
+def counting_callback(module: LightningModule) -> MetaSteps:
+    """The :class:`MetaSteps` that a module brought along.
+
+    Raises:
+        RuntimeError: it is not among the Trainer's callbacks.
+    """
+    callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
+    found = next((callback for callback in callbacks if isinstance(callback, MetaSteps)), None)
+    if found is None:
+        raise RuntimeError(
+            f"{type(module).__name__}.configure_callbacks must return what super().configure_callbacks() does, too; "
+            "found that it leaves out the callback that lets the Trainer count meta-steps. Add it to the list."
+        )
+    return found

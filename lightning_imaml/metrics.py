@@ -9,7 +9,7 @@ from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
@@ -215,6 +215,37 @@ class EpisodicMetric(EpisodicMean):
                 "Set its average, or use one EpisodicMetric for each number."
             )
         return value.reshape(())
+
+
+class LoaderMetrics(nn.Module):
+    """What an evaluation logs of one dataloader.
+
+    Args:
+        stage: the first part of all names, ``<stage>/<name>``.
+        metrics: of the predictions; copied.
+    """
+
+    def __init__(self, stage: str, metrics: MetricCollection) -> None:
+        super().__init__()
+        self.stage = stage
+        self.loss, self.inner_residual = TaskMean(), TaskMean()
+        self.before = metrics.clone(prefix=f"{stage}/", postfix="_before")
+        self.after = metrics.clone(prefix=f"{stage}/")
+
+    def update(self, loss: Tensor, inner_residual: Tensor) -> dict[str, Metric]:
+        """Add tasks by the numbers ``[T]`` that each has, and give the metrics of these by name."""
+        self.loss.update(loss)
+        self.inner_residual.update(inner_residual)
+        return {f"{self.stage}/loss": self.loss, f"{self.stage}/inner_residual": self.inner_residual}
+
+    def update_predictions(self, before: Any, after: Any, targets: Any) -> dict[str, Metric]:
+        """Add tasks by the predictions of the unadapted and the adapted networks, and give all metrics of these."""
+        found: dict[str, Metric] = {}
+        for metrics, predictions in ((self.before, before), (self.after, after)):
+            metrics.update(predictions, targets)
+            # Not copies: what the metrics of a collection share is the state of the first of them.
+            found |= dict(metrics.items(copy_state=False))
+        return found
 
 
 def with_intervals(**metrics: EpisodicMean) -> MetricCollection:

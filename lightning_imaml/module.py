@@ -7,23 +7,30 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from lightning_imaml import functional
 from lightning_imaml.curvature import GaussNewton
 from lightning_imaml.episodes import Episode
+from lightning_imaml.float32 import Float32Parameters
 from lightning_imaml.functional import Adapted, MetaGradient
 from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.meta_gradients import Estimator, Implicit
 from lightning_imaml.meta_steps import row_number
-from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, TaskMean, is_classification
-from lightning_imaml.outer_step import OuterStep, parameter_groups, refuse_unreached, surrogate, training_values
+from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, LoaderMetrics, is_classification
+from lightning_imaml.outer_step import (
+    OuterStep,
+    parameter_groups,
+    refuse_unreached,
+    require_choice,
+    require_positive,
+    surrogate,
+)
 from lightning_imaml.phases import META_STEP, phase
 from lightning_imaml.regularizers import Proximal, Regularizer
 from lightning_imaml.tasks import FlatModel
@@ -93,51 +100,33 @@ class IMAMLModule(OuterStep):
         solve_precision: Literal["full", "trainer"] = "full",
         on_bad_task: Literal["raise", "skip"] = "raise",
     ) -> None:
-        super().__init__()
-        for name, value in (("accumulate_meta_batches", accumulate_meta_batches), ("chunk_size", chunk_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; found {value}. Leave it out for the default.")
-        if gradient_clip_val is not None and gradient_clip_val <= 0:
-            raise ValueError(f"gradient_clip_val must be positive or None for no clipping; found {gradient_clip_val}.")
-        for name, choice, choices in (
-            ("gradient_clip_algorithm", gradient_clip_algorithm, ("norm", "value")),
-            ("solve_precision", solve_precision, ("full", "trainer")),
-            ("on_bad_task", on_bad_task, ("raise", "skip")),
-        ):
-            if choice not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; found {choice!r}.")
+        super().__init__(
+            gradient_clip_val, gradient_clip_algorithm, accumulate_meta_batches, lr_scheduler_monitor, on_bad_task
+        )
+        if chunk_size is not None:
+            require_positive("chunk_size", chunk_size)
+        require_choice("solve_precision", solve_precision, ("full", "trainer"))
         # From a script, networks, losses and optimizers are code: pass them again to load_from_checkpoint. From
         # LightningCLI all arguments are plain configuration, and its test and predict need them in the checkpoint.
         code = [] if _given_hyperparameters.get() else ["backbone", "loss", "optimizer", "lr_scheduler"]
         self.save_hyperparameters(ignore=code)
-        self.automatic_optimization = False
         self.loss = loss
         self.inner_solver = inner_solver
         self.estimator = estimator
         self.regularizer = regularizer
         self.optimizer_factory = optimizer
         self.scheduler_factory = lr_scheduler
-        self.lr_scheduler_monitor = lr_scheduler_monitor
         self.regularizer_lr = regularizer_lr
         self.inner_solver_lr = inner_solver_lr
-        self.gradient_clip_val = gradient_clip_val
-        self.gradient_clip_algorithm = gradient_clip_algorithm
-        self.accumulate_meta_batches = accumulate_meta_batches
         # Not the letters of a single pattern, which is refused as it is.
         self.adapt_only = adapt_only if adapt_only is None or isinstance(adapt_only, str) else tuple(adapt_only)
         self.chunk_size = chunk_size
         # Not ``compile``: that is nn.Module's method.
         self.compile_solves = compile
         self.solve_precision = solve_precision
-        self.on_bad_task: Literal["raise", "skip"] = on_bad_task
-        self.strengths, self.rates = nn.ParameterDict(), nn.ParameterDict()
-        for stage in ("val", "test"):
-            metrics = self.configure_metrics()
-            setattr(self, f"{stage}_before", metrics.clone(prefix=f"{stage}/", postfix="_before"))
-            setattr(self, f"{stage}_after", metrics.clone(prefix=f"{stage}/"))
-            for name in ("loss", "inner_residual"):
-                setattr(self, f"{stage}_{name}", TaskMean())
-        self._warned_indefinite = False
+        self.strengths, self.rates = Float32Parameters(), Float32Parameters()
+        # By stage and dataloader. A dictionary that is no submodule: what a metric holds is no weight of a checkpoint.
+        self._metrics: dict[tuple[str, int], LoaderMetrics] = {}
         self._of_data: dict[str, Any] = {}
         if backbone is not None:
             self._attach(backbone)
@@ -165,6 +154,7 @@ class IMAMLModule(OuterStep):
         data = getattr(self.trainer, "datamodule", None)
         known = {} if data is None else data.hparams
         self._take_over({name: known[name] for name in ("ways", "shots") if name in known})
+        self._metrics.clear()  # An evaluation that was interrupted left its tasks in them.
 
     def _take_over(self, of_data: dict[str, Any]) -> None:
         # Kept apart too: they are no arguments of __init__, to which a checkpoint's hyper-parameters are passed.
@@ -207,6 +197,7 @@ class IMAMLModule(OuterStep):
         self.backbone = backbone
         with torch.no_grad():
             flat = FlatModel(backbone, adapt_only=self.adapt_only)
+            flat.dtype = torch.promote_types(flat.dtype, torch.float32)  # Of what is learned, from the start.
             learned = (self.strengths, self.regularizer.init(flat)), (self.rates, self.inner_solver.rates(flat))
             for parameters, start in learned:
                 parameters.update({name: nn.Parameter(value.clone()) for name, value in start.items()})
@@ -226,6 +217,8 @@ class IMAMLModule(OuterStep):
         """Metrics of the query predictions, updated with outputs ``[T, n, ...]`` and targets ``[T, n, ...]``.
 
         The default is the episodic accuracy and its interval; they are left out where targets are not class indices.
+        Runs at the first batch of each dataloader of an evaluation, so that ``self.hparams`` holds the data module's
+        ``ways`` and ``shots``, and ``self.backbone`` is there.
         """
         return MetricCollection({"accuracy": EpisodicAccuracy(), "accuracy_interval95": EpisodicInterval95()})
 
@@ -246,7 +239,7 @@ class IMAMLModule(OuterStep):
     def adapt(self, support_inputs: Any, support_targets: Any, *, inner_solver: InnerSolver | None = None) -> Adapted:
         """Adapt to new tasks, ``[T, n, ...]`` each; see :func:`lightning_imaml.functional.adapt`."""
         self._build()
-        return functional.adapt(self.backbone, support_inputs, support_targets, **self._settings(inner_solver))
+        return functional.adapt(self.backbone, support_inputs, support_targets, **self.solve_settings(inner_solver))
 
     def meta_gradient(
         self,
@@ -264,10 +257,11 @@ class IMAMLModule(OuterStep):
             outer_loss=self._loss("outer_loss"),
             estimator=estimator or self.estimator,
             on_bad_task=on_bad_task,
-            **self._settings(inner_solver),
+            **self.solve_settings(inner_solver),
         )
 
-    def _settings(self, inner_solver: InnerSolver | None) -> dict[str, Any]:
+    def solve_settings(self, inner_solver: InnerSolver | None = None) -> dict[str, Any]:
+        """The module's settings, as arguments of :func:`lightning_imaml.functional.adapt`; for another network, too."""
         return {
             "loss": self._loss("inner_loss"),
             "inner_solver": inner_solver or self.inner_solver,
@@ -318,27 +312,7 @@ class IMAMLModule(OuterStep):
             parameters |= {f"regularizer.{name}": p for name, p in self.strengths.items()}
             parameters |= {f"inner_solver.{name}": p for name, p in self.rates.items()}
             self.accumulate(surrogate(result, parameters), len(result.tasks), counts, due)
-        return self._log_training(batch, result, before, counts, due)
-
-    def _log_training(
-        self, batch: Episode, result: MetaGradient, before: Any, counts: list[int], due: bool
-    ) -> Tensor | None:
-        values = training_values(result, batch.query_targets, before)
-        values = self.mean_over_ranks(values, len(result.tasks), counts)
-        means, tasks = self.means_of_meta_step(values, sum(counts), due)
-        bar = ("train/outer_loss", "train/accuracy")
-        for name, value in means.items():
-            self.log(name, value, prog_bar=name in bar, batch_size=tasks)
-        if not sum(counts):
-            return None
-        indefinite = values.get("train/indefinite")
-        if indefinite is not None and before is not None and not self._warned_indefinite and indefinite > 0.5:
-            self._warned_indefinite = True
-            rank_zero_warn(
-                f"the linear system is indefinite for {indefinite:.0%} of this batch's tasks, so the meta-gradient "
-                "is far from exact. Use Implicit(..., curvature=GaussNewton()), a stronger regulariser or damping."
-            )
-        return values["train/outer_loss"]
+        return self.log_meta_step(result, batch.query_targets, before, counts, due)
 
     def _predict_initial(self, batch: Episode) -> Any:
         """The unadapted network on every task's query set, ``[T, n, ...]``."""
@@ -355,20 +329,23 @@ class IMAMLModule(OuterStep):
                 chunk_size=self.chunk_size,
             )
 
-    def validation_step(self, batch: Episode, batch_idx: int) -> None:
-        """Adapt to the support sets, then judge on the query sets."""
-        self._evaluate(batch, "val")
+    def validation_step(self, batch: Episode, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adapt to the support sets, then judge on the query sets.
 
-    def test_step(self, batch: Episode, batch_idx: int) -> None:
-        """Adapt to the support sets, then judge on the query sets."""
-        self._evaluate(batch, "test")
+        With several dataloaders, each has its own metrics, named ``val/accuracy/dataloader_idx_0`` and so on.
+        """
+        self._evaluate(batch, "val", dataloader_idx)
 
-    def predict_step(self, batch: Episode, batch_idx: int) -> Any:
+    def test_step(self, batch: Episode, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adapt to the support sets, then judge on the query sets; several dataloaders as in validation."""
+        self._evaluate(batch, "test", dataloader_idx)
+
+    def predict_step(self, batch: Episode, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Adapt to the support sets, then predict the query sets: ``[T, n, ...]``."""
         batch = Episode.of(batch)
         return self._predict(self.adapt(batch.support_inputs, batch.support_targets).parameters, batch)
 
-    def _evaluate(self, batch: Episode, stage: str) -> None:
+    def _evaluate(self, batch: Episode, stage: str, loader: int) -> None:
         batch = Episode.of(batch)
         adapted = self.adapt(batch.support_inputs, batch.support_targets)
         loss, outputs = functional.evaluate(
@@ -380,17 +357,21 @@ class IMAMLModule(OuterStep):
             support_inputs=batch.support_inputs,
             chunk_size=self.chunk_size,
         )
-        for name, values in (("loss", loss), ("inner_residual", adapted.residual)):
-            mean: TaskMean = getattr(self, f"{stage}_{name}")
-            mean.update(values)
-            self.log(f"{stage}/{name}", mean, batch_size=batch.tasks)
+        metrics = self._metrics_of(stage, loader)
+        logged, shown = metrics.update(loss, adapted.residual), dict[str, Metric]()
         default = type(self).configure_metrics is IMAMLModule.configure_metrics
-        if default and not is_classification(outputs, batch.query_targets):
-            return
-        for when, predictions in (("before", self._predict_initial(batch)), ("after", outputs)):
-            metrics: MetricCollection = getattr(self, f"{stage}_{when}")
-            metrics.update(predictions, batch.query_targets)
-            self.log_dict(metrics, prog_bar=when == "after", batch_size=batch.tasks)
+        if not default or is_classification(outputs, batch.query_targets):
+            shown = metrics.update_predictions(self._predict_initial(batch), outputs, batch.query_targets)
+        for name, metric in (logged | shown).items():
+            bar = name in shown and not name.endswith("_before")
+            # Lightning would look for the metric among the submodules; where it is does not matter to it.
+            self.log(name, metric, prog_bar=bar, batch_size=batch.tasks, metric_attribute=name)
+
+    def _metrics_of(self, stage: str, loader: int) -> LoaderMetrics:
+        if (stage, loader) not in self._metrics:
+            with torch.inference_mode(False):
+                self._metrics[stage, loader] = LoaderMetrics(stage, self.configure_metrics()).to(self.device)
+        return self._metrics[stage, loader]
 
 
 def _qualified_name(loss: object) -> str:

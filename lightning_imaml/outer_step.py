@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,16 +19,28 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
 
 from lightning_imaml.functional import MetaGradient
-from lightning_imaml.meta_steps import MetaSteps, begin_next_epoch
+from lightning_imaml.meta_steps import MetaSteps, begin_next_epoch, counting_callback
 from lightning_imaml.metrics import is_classification
-from lightning_imaml.random_states import random_states, seed_random_states, set_random_states
-from lightning_imaml.ranks import gather, numbers_of_all_ranks, sum_over_ranks
+from lightning_imaml.outer_state import OuterState
+from lightning_imaml.ranks import numbers_of_all_ranks, sum_over_ranks
 
 _MOST_EMPTY_STEPS = 20
 
 
 def _tracks_statistics(module: nn.Module) -> bool:
     return any(isinstance(layer, _NormBase) and layer.running_mean is not None for layer in module.modules())
+
+
+def require_positive(name: str, value: int) -> None:
+    """Raise a ValueError unless an argument is at least 1."""
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; found {value}. Leave it out for the default.")
+
+
+def require_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError unless an argument is one of the choices."""
+    if choice not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; found {choice!r}.")
 
 
 def parameter_groups(module: nn.Module, apart: Mapping[nn.Module, tuple[str, float]]) -> list[Any]:
@@ -93,12 +105,12 @@ def _accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.argmax(dim=-1) == targets).float().mean()
 
 
-class OuterStep(LightningModule):
+class OuterStep(OuterState):
     """Takes meta-gradients to the optimizer: mean over ranks, accumulation, clipping, optimizer and schedulers.
 
-    The base of :class:`~lightning_imaml.IMAMLModule`, which sets the attributes and calls :meth:`accumulate`.
+    The base of :class:`~lightning_imaml.IMAMLModule`, which calls :meth:`accumulate`.
 
-    Attributes:
+    Args:
         gradient_clip_val: clip the gradient to this; None does not.
         gradient_clip_algorithm: by its "norm", or every entry by its "value".
         accumulate_meta_batches: batches for one step.
@@ -106,17 +118,31 @@ class OuterStep(LightningModule):
         on_bad_task: "skip" may leave a meta-step without tasks, which is not taken then.
     """
 
-    gradient_clip_val: float | None
-    gradient_clip_algorithm: str
-    accumulate_meta_batches: int
-    lr_scheduler_monitor: str | None
-    on_bad_task: Literal["raise", "skip"]
-    _tasks_of_step: int | None = 0
     _empty_steps = 0
     _clipped = False
-    resumed_state: dict[str, Any] | None = None
-    _seed = 0
+    _warned_indefinite = False
     _values: list[tuple[int, dict[str, Tensor]]]
+
+    def __init__(
+        self,
+        gradient_clip_val: float | None,
+        gradient_clip_algorithm: str,
+        accumulate_meta_batches: int,
+        lr_scheduler_monitor: str | None,
+        on_bad_task: Literal["raise", "skip"],
+    ) -> None:
+        super().__init__()
+        require_positive("accumulate_meta_batches", accumulate_meta_batches)
+        if gradient_clip_val is not None and gradient_clip_val <= 0:
+            raise ValueError(f"gradient_clip_val must be positive or None for no clipping; found {gradient_clip_val}.")
+        require_choice("gradient_clip_algorithm", gradient_clip_algorithm, ("norm", "value"))
+        require_choice("on_bad_task", on_bad_task, ("raise", "skip"))
+        self.automatic_optimization = False
+        self.gradient_clip_val = gradient_clip_val
+        self.gradient_clip_algorithm = gradient_clip_algorithm
+        self.accumulate_meta_batches = accumulate_meta_batches
+        self.lr_scheduler_monitor = lr_scheduler_monitor
+        self.on_bad_task = on_bad_task
 
     def setup(self, stage: str) -> None:
         """Refuse what shards the parameters or joins ranks' statistics; tell weight averaging that there are none."""
@@ -144,60 +170,6 @@ class OuterStep(LightningModule):
         callbacks = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
         return [callback for callback in callbacks if isinstance(callback, StochasticWeightAveraging)]
 
-    def outer_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold, besides Lightning's own, to go on bit for bit: plain tensors and numbers.
-
-        In the middle of a meta-step, every rank's gradients are its own, and rank zero writes those of all.
-        """
-        state: dict[str, Any] = {"seed": self._seed, "ranks": self.trainer.world_size}
-        fitted = self.trainer.state.fn == TrainerFn.FITTING  # Else the unfinished meta-step is another Trainer's.
-        if self._tasks_of_step == 0 or self.accumulate_meta_batches == 1 or not fitted:
-            return state
-        gradients = {name: p.grad.cpu() for name, p in self.named_parameters() if p.grad is not None}
-        mine = {"tasks": self._tasks_of_step, "batch": self._batches_done(), "gradients": gradients}
-        shares = None if self._tasks_of_step is None else gather(self.trainer, self._meta_steps().group, mine)
-        if shares is None or len({(share["tasks"], share["batch"]) for share in shares}) > 1:
-            rank_zero_warn(
-                "all ranks must be between the same batches to save the gradients of an unfinished meta-step; found "
-                "that some do not answer, or are elsewhere, as after an error on one rank. The checkpoint is saved "
-                "without these gradients: after a resume, this meta-step will have fewer tasks."
-            )
-            return state
-        return state | {"shares": shares}
-
-    def resume_outer_state(self) -> None:
-        """Once, at the first training step after a resume: later than what the Trainer itself clears."""
-        if not hasattr(self, "_values"):
-            raise RuntimeError(
-                f"{type(self).__name__}.on_train_start must call super().on_train_start(), which begins to count "
-                "tasks; found that it does not. Call it."
-            )
-        state, self.resumed_state = self.resumed_state, None
-        if state is None or "shares" not in state or state["ranks"] != self.trainer.world_size:
-            return
-        mine, parameters = state["shares"][self.global_rank], dict(self.named_parameters())
-        self._tasks_of_step = mine["tasks"]
-        for name, gradient in mine["gradients"].items():
-            parameters[name].grad = gradient.to(parameters[name])
-
-    def _batches_done(self) -> int:
-        # ``processed``: a batch that failed halfway is counted as ready and is run again on a resume.
-        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
-
-    @contextmanager
-    def random_stream(self) -> Iterator[None]:
-        """Draw random numbers, of dropout, from a stream that is a function of the run's seed, the rank and the batch.
-
-        So they are the same after a resume, whatever loaders and validation have drawn. The seed of a run is drawn from
-        rank zero's global stream.
-        """
-        outside = random_states(self.device)
-        seed_random_states(self.device, self._seed, self.global_rank, self._batches_done())
-        try:
-            yield
-        finally:
-            set_random_states(outside, self.device)
-
     def on_train_start(self) -> None:
         """Refuse ranks with different numbers of batches, which would wait for one another for ever."""
         counts = [
@@ -215,42 +187,11 @@ class OuterStep(LightningModule):
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
                 self._step_schedulers("epoch", self.current_epoch, plateaus=False)
         if self._counts_meta_steps():
-            self._meta_steps()
+            counting_callback(self)
         # What an earlier fit left in the middle of a meta-step is no part of this one.
-        self._tasks_of_step, self._values = 0, []
+        self.tasks_of_step, self._values = 0, []
         self.zero_grad()
-        self._agree_on_the_seed()
-
-    def _agree_on_the_seed(self) -> None:
-        drawn, processes = int(torch.randint(2**62, ())), self.trainer.world_size
-        if self.resumed_state is not None and "seed" not in self.resumed_state:
-            rank_zero_warn(
-                "a checkpoint must have been saved by this version to go on exactly; found one of an earlier version. "
-                "Random numbers, of dropout, are others from here on, and the gradients of an unfinished meta-step are "
-                "dropped."
-            )
-            self.resumed_state = None
-        if self.resumed_state is None:
-            self._seed = drawn if processes == 1 else self.trainer.strategy.broadcast(drawn)
-            return
-        self._seed = self.resumed_state["seed"]
-        if self.resumed_state["ranks"] != processes:
-            dropped = ", and the gradients of the unfinished meta-step are dropped"
-            rank_zero_warn(
-                f"a run must be resumed with the {self.resumed_state['ranks']} processes that it was saved with, to go "
-                f"on exactly; found {processes}. Tasks and random numbers are others from here on"
-                f"{dropped if 'shares' in self.resumed_state else ''}."
-            )
-
-    def _meta_steps(self) -> MetaSteps:
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        found = next((callback for callback in callbacks if isinstance(callback, MetaSteps)), None)
-        if found is None:
-            raise RuntimeError(
-                f"{type(self).__name__}.configure_callbacks must return what super().configure_callbacks() does, too; "
-                "found that it leaves out the callback that lets the Trainer count meta-steps. Add it to the list."
-            )
-        return found
+        self.agree_on_the_seed()
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Let the Trainer count meta-steps in training, where a batch need not be one."""
@@ -306,6 +247,38 @@ class OuterStep(LightningModule):
         sums = {name: torch.stack([tasks * values[name] for tasks, values in batches]).sum(dim=0) for name in names}
         return {name: value / total for name, value in sums.items()}, total
 
+    def log_meta_step(
+        self, result: MetaGradient, targets: Any, before: Any, counts: list[int], due: bool
+    ) -> Tensor | None:
+        """Log the means over the tasks of a meta-step at its end, and warn once where most systems are indefinite.
+
+        Args:
+            result: the meta-gradient of a batch's tasks that were good.
+            targets: the query targets of all tasks of the batch.
+            before: the unadapted network's outputs for them; None where no row is due.
+            counts: how many good tasks every rank has.
+            due: whether the batch ends a meta-step.
+
+        Returns:
+            The batch's mean outer loss, over all ranks; None if no task was left.
+        """
+        values = training_values(result, targets, before)
+        values = self.mean_over_ranks(values, len(result.tasks), counts)
+        means, tasks = self.means_of_meta_step(values, sum(counts), due)
+        bar = ("train/outer_loss", "train/accuracy")
+        for name, value in means.items():
+            self.log(name, value, prog_bar=name in bar, batch_size=tasks)
+        if not sum(counts):
+            return None
+        indefinite = values.get("train/indefinite")
+        if indefinite is not None and before is not None and not self._warned_indefinite and indefinite > 0.5:
+            self._warned_indefinite = True
+            rank_zero_warn(
+                f"the linear system is indefinite for {indefinite:.0%} of this batch's tasks, so the meta-gradient "
+                "is far from exact. Use Implicit(..., curvature=GaussNewton()), a stronger regulariser or damping."
+            )
+        return values["train/outer_loss"]
+
     def accumulate(self, surrogate: Tensor, tasks: int, counts: list[int], due: bool) -> None:
         """Add a meta-gradient to ``.grad`` by a backward pass, and step if due.
 
@@ -317,8 +290,8 @@ class OuterStep(LightningModule):
         """
         # The mean over all tasks of all batches and ranks, however many were left out where: sums are accumulated, and
         # divided once. DDP averages over ranks.
-        total, share = (self._tasks_of_step or 0) + sum(counts), float(tasks * len(counts))
-        self._tasks_of_step = None  # Not known while gradients change: an error may end this in the middle.
+        total, share = (self.tasks_of_step or 0) + sum(counts), float(tasks * len(counts))
+        self.tasks_of_step = None  # Not known while gradients change: an error may end this in the middle.
         if due:
             share /= max(1, total)
             for parameter in self.parameters():
@@ -327,7 +300,7 @@ class OuterStep(LightningModule):
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         with nullcontext() if due or block is None else block():
             self.manual_backward(surrogate * share)
-        self._tasks_of_step = total
+        self.tasks_of_step = total
         if due:
             self._step()
 
@@ -338,7 +311,7 @@ class OuterStep(LightningModule):
                 f"configure_optimizers must return one optimizer; found {len(optimizer)}. Give its parameter groups "
                 "their own learning rates instead."
             )
-        tasks, self._tasks_of_step = self._tasks_of_step, 0
+        tasks, self.tasks_of_step = self.tasks_of_step, 0
         if not tasks:
             # A step along zero would still move the weights, by momentum and weight decay.
             optimizer.zero_grad()

@@ -141,8 +141,9 @@ def place(
             raise ValueError(f"{name} must be one number where the network is not known; found {value}, per {per!r}.")
         return Positive(name, None, (float(value),), (), learned, False, bounds)
     patterns = dict(value) if isinstance(value, Mapping) else {"*": value}
-    require_matches(patterns, layout.names, name)
-    found = [next((pattern for pattern in patterns if matches(own, [pattern])), None) for own in layout.names]
+    names = [layout.names_of(own) for own in layout.names]  # Of a tied parameter, any counts.
+    require_matches(patterns, [own for owns in names for own in owns], name)
+    found = [next((p for p in patterns if any(matches(own, [p]) for own in owns)), None) for owns in names]
     lacking = [own for own, pattern in zip(layout.names, found, strict=True) if pattern is None]
     if lacking:
         raise ValueError(

@@ -55,12 +55,19 @@ def prepare(
                     f"Convert the episode with .to({flat.stored_dtype}), or the backbone with .to({leaf.dtype})."
                 )
     support_classes = classes_of("support_targets", episode.support_targets, loss)
-    query_classes = classes_of("query_targets", episode.query_targets, outer_loss)
+    if episode.query_targets is episode.support_targets and outer_loss is loss:
+        query_classes = support_classes  # Adaptation alone, without a query set; the host waits for a device only once.
+    else:
+        query_classes = classes_of("query_targets", episode.query_targets, outer_loss)
+    if strengths is not None:
+        _require_learned("strengths", strengths, regularizer, "init", regularizer.init(flat))
+    if rates is not None:
+        _require_learned("rates", rates, inner_solver, "rates", inner_solver.rates(flat))
 
     def chunks(episode: Episode) -> Iterator[tuple[InnerProblem, TaskLoss]]:
         # Made when the solves begin, outside inference mode.
-        values = regularizer.init(flat) if strengths is None else flat.cast(dict(strengths))
-        step_sizes = inner_solver.rates(flat) if rates is None else flat.cast(dict(rates))
+        values = regularizer.init(flat) if strengths is None else _in_dtype_of(flat, strengths)
+        step_sizes = inner_solver.rates(flat) if rates is None else _in_dtype_of(flat, rates)
         initial, state = flat.initial(), flat.state() if flat.shared else None
         query_inputs, support_rows = joined(model, episode.support_inputs, episode.query_inputs)
         size = chunk_size or default_chunk_size(
@@ -75,6 +82,23 @@ def prepare(
             yield InnerProblem(support, regularizer, initial, values, step_sizes), query
 
     return flat, chunks
+
+
+def _require_learned(
+    argument: str, given: Mapping[str, Tensor], owner: object, method: str, learned: Mapping[str, Tensor]
+) -> None:
+    """Raise a ValueError unless these are what a regulariser or a solver learns, by name and shape."""
+    found, needed = ({name: list(value.shape) for name, value in sorted(tree.items())} for tree in (given, learned))
+    if found != needed:
+        raise ValueError(
+            f"{argument} must hold tensors of the names and shapes that {type(owner).__name__} learns, {needed}; found "
+            f"{found}. Start from those of its method {method}, or leave {argument} out for them."
+        )
+
+
+def _in_dtype_of(flat: FlatModel, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Those of a module may have more bits than its network.
+    return {name: value.to(flat.dtype) for name, value in learned.items()}
 
 
 def classes_of(name: str, targets: Any, loss: LossFunction) -> int | None:

@@ -99,9 +99,10 @@ class FlatModel:
             require_matches(adapt_only, list(names), "adapt_only")
             chosen = {own for name, own in names.items() if matches(name, adapt_only)}
             adapted = [name for name in adapted if name in chosen]
-        self.layout = Layout(tuple(adapted), tuple(tuple(trainable[name].shape) for name in adapted), compile)
-        self.shared = tuple(name for name in trainable if name not in adapted)
         self._tied = tied_names(module)
+        tied = tuple((other, first) for other, first in self._tied.items() if first in adapted)
+        self.layout = Layout(tuple(adapted), tuple(tuple(trainable[name].shape) for name in adapted), compile, tied)
+        self.shared = tuple(name for name in trainable if name not in adapted)
         self.stored_dtype, self.device = next(iter(kinds))
         self.dtype = dtype or self.stored_dtype
 

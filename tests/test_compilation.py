@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import logging
 import weakref
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from lightning_imaml.episodes import Episode
 from lightning_imaml.functional import adapt, meta_gradient
 from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov, TorchOptimizer
 from lightning_imaml.linear import ConjugateGradient
-from lightning_imaml.matrix_form import MatrixForm
 from lightning_imaml.meta_gradients import FirstOrder, Implicit, Reptile, Truncated, Unrolled
 from lightning_imaml.models import Conv4
 from lightning_imaml.regularizers import Proximal, Regularizer
@@ -342,6 +340,15 @@ def test_the_cache_does_not_keep_the_owner_of_a_loss(recorded, tanh_net):
     assert known() is None
 
 
+def test_what_is_compiled_goes_with_its_network(recorded, tanh_net):
+    meta_gradient(tanh_net, EPISODE, compile=True, **SETTINGS)
+    before = list(compilation._kept)
+    meta_gradient(TanhNet().double(), EPISODE, compile=True, **SETTINGS)
+    assert len(recorded) == 8
+    gc.collect()
+    assert list(compilation._kept) == before
+
+
 def test_the_cache_is_bounded(recorded, monkeypatch, tanh_net):
     monkeypatch.setattr(compilation, "_MOST_KEPT", 4)
     for tasks in range(1, 5):
@@ -358,35 +365,3 @@ def test_adapt_in_inference_mode(recorded, tanh_net):
     assert recorded
     for name, value in plain.parameters.items():
         torch.testing.assert_close(found.parameters[name], value, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("stride", [1, 2, 3, (2, 1)])
-@pytest.mark.parametrize("padding", [0, 1, (2, 0)])
-def test_convolution_in_matrix_form(stride, padding):
-    torch.manual_seed(0)
-    for dilation, kernel, height in itertools.product((1, 2), ((1, 1), (3, 3), (3, 2)), (7, 8)):
-        images = torch.randn(2, 3, height, 9, dtype=torch.float64, requires_grad=True)
-        weight = torch.randn(4, 3, *kernel, dtype=torch.float64, requires_grad=True)
-        bias = torch.randn(4, dtype=torch.float64)
-        outcomes = []
-        for mode in (None, MatrixForm()):
-            if mode is None:
-                output = F.conv2d(images, weight, bias, stride, padding, dilation)
-            else:
-                with mode:
-                    output = F.conv2d(images, weight, bias, stride, padding, dilation)
-            outcomes.append((output, *torch.autograd.grad(output.square().sum(), (images, weight))))
-        for expected, found in zip(*outcomes, strict=True):
-            torch.testing.assert_close(found, expected)
-
-
-def test_layers_that_have_no_matrix_form_stay_as_they_are():
-    images = torch.randn(2, 4, 6, 6, dtype=torch.float64)
-    norm = nn.BatchNorm2d(4, track_running_stats=False, affine=False).double()
-    tracking = nn.BatchNorm2d(4).double().eval()
-    same_size = nn.Conv2d(4, 4, 3, padding="same").double()
-    grouped = nn.Conv2d(4, 4, 3, groups=2, bias=False).double()
-    for layer in (norm, tracking, same_size, grouped, nn.BatchNorm2d(4, track_running_stats=False).double()):
-        expected = layer(images)
-        with MatrixForm():
-            torch.testing.assert_close(layer(images), expected)

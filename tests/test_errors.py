@@ -80,6 +80,31 @@ BAD_INPUT = {
         lambda: run(linear(), estimator=FirstOrder(), regularizer=Proximal(1.0, learned=True)),
         r"no learned strengths, since it has no gradient for them; found \['log_strength'\]. Fix them",
     ),
+    "strengths of another name": (
+        lambda: run(linear(), regularizer=Proximal(1.0, learned=True), strengths={"strength": torch.ones(())}),
+        r"strengths must hold .* that Proximal learns, \{'log_strength': \[\]\}; found \{'strength': \[\]\}",
+    ),
+    "strengths where none are learned": (
+        lambda: run(linear(), strengths={"log_strength": torch.ones(())}),
+        r"strengths must hold .* that Proximal learns, \{\}; found \{'log_strength': \[\]\}",
+    ),
+    "strengths of another shape": (
+        lambda: run(
+            linear(),
+            regularizer=Proximal(1.0, learned=True, per="parameter"),
+            strengths={"log_strength": torch.ones(7)},
+        ),
+        r"learns, \{'log_strength': \[20\]\}; found \{'log_strength': \[7\]\}",
+    ),
+    "rates of another name": (
+        lambda: adapt(
+            linear(),
+            *EPISODE[:2],
+            inner_solver=GradientDescent(0.1, 2, learned=True),
+            rates={"lr": torch.ones(())},
+        ),
+        r"rates must hold .* that GradientDescent learns, \{'log_lr': \[\]\}; found \{'lr': \[\]\}. .*method rates",
+    ),
 }
 
 

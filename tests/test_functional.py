@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightning_imaml import Episode, over_tasks
+from lightning_imaml import Episode, over_tasks, preparation
 from lightning_imaml.callbacks import LiveTensorBytes
 from lightning_imaml.curvature import GaussNewton, Hessian
 from lightning_imaml.functional import adapt, evaluate, meta_gradient, predict
@@ -348,3 +348,32 @@ def test_shared_layers_and_tied_weights_are_adapted_as_one_and_the_network_is_le
         expected = [e + p.grad / episode.tasks for e, p in zip(expected, copied.parameters(), strict=True)]
     for (name, _), gradient in zip(net.named_parameters(), expected, strict=True):
         torch.testing.assert_close(found.grads[name], gradient)
+
+
+def test_adaptation_reads_its_targets_once(monkeypatch):
+    """Each reading of class indices makes the host wait for a device."""
+    read, classes_of = [], preparation.classes_of
+    monkeypatch.setattr(preparation, "classes_of", lambda name, *args: (read.append(name), classes_of(name, *args))[1])
+    episode = class_episode(tasks=2, ways=3, shape=(4,))
+    adapt(nn.Linear(4, 3), episode.support_inputs, episode.support_targets)
+    assert read == ["support_targets"]
+    with pytest.raises(ValueError, match="support_targets must be class indices from 0"):
+        adapt(nn.Linear(4, 3), episode.support_inputs, episode.support_targets - 1)
+
+
+def test_names_with_brackets_are_names_and_no_patterns():
+    """``layer[1]`` as a pattern of a shell is ``layer1``."""
+    torch.manual_seed(0)
+    net = nn.Sequential()
+    for name, layer in (("layer1", nn.Linear(3, 3)), ("tanh", nn.Tanh()), ("layer[1]", nn.Linear(3, 2))):
+        net.add_module(name, layer)
+    episode = regression_episode(tasks=2)
+    net, head = net.double(), ("layer[1].weight", "layer[1].bias")
+    adapted = adapt(net, *episode[:2], loss=F.mse_loss, adapt_only=head)
+    assert tuple(adapted.parameters) == head
+    found = predict(net, adapted.parameters, episode.query_inputs)
+    features = net.tanh(net.layer1(episode.query_inputs))
+    weight, bias = (adapted.parameters[name] for name in head)
+    torch.testing.assert_close(found, torch.baddbmm(bias[:, None], features, weight.mT))
+    with pytest.raises(ValueError, match="must hold patterns"):
+        adapt(net, *episode[:2], loss=F.mse_loss, adapt_only=("layer[2].*",))

@@ -63,7 +63,8 @@ PRECISIONS = ["32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true"]
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("solve", ["full", "trainer"])
 def test_everything_runs_in_every_precision(precision, solve):
-    module = IMAMLModule(network(), solve_precision=solve, gradient_clip_val=10.0, **SETTINGS)
+    learned = {"regularizer": Proximal(0.5, learned=True)}
+    module = IMAMLModule(network(), solve_precision=solve, gradient_clip_val=10.0, **SETTINGS | learned)
     monitors = MetaGradientErrorMonitor(every_n_steps=1), PeakMemoryMonitor(every_n_steps=1)
     run = trainer(precision, *monitors)
     run.fit(module, loader(), loader())
@@ -75,8 +76,26 @@ def test_everything_runs_in_every_precision(precision, solve):
     run.test(module, loader(), verbose=False)
     assert run.predict(module, loader())[0].shape == (3, 10, 5)
     stored = {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision, torch.float32)
-    assert {p.dtype for p in module.parameters()} == {stored}
+    assert {p.dtype for p in module.backbone.parameters()} == {stored}
+    assert {p.dtype for p in module.strengths.values()} == {torch.promote_types(stored, torch.float32)}
     assert weights(module).isfinite().all()
+
+
+class Late(IMAMLModule):
+    def configure_backbone(self):
+        return network()
+
+
+@pytest.mark.parametrize("kind", [IMAMLModule, Late])
+def test_bf16_does_not_round_the_steps_of_a_learned_strength_away(kind):
+    """Log 2 is 0.6931; the bfloat16 numbers around it are 0.0039 apart, and Adam steps by its rate."""
+    learned = SETTINGS | {"regularizer": Proximal(2.0, learned=True), "regularizer_lr": 1e-3}
+    module = kind(network() if kind is IMAMLModule else None, **learned)
+    trainer("bf16-true").fit(module, loader(1))
+    assert {p.dtype for p in module.backbone.parameters()} == {torch.bfloat16}
+    moved = module.strengths["log_strength"].detach() - torch.tensor(2.0).log()
+    assert moved.abs().item() == pytest.approx(1e-3, rel=1e-2)
+    assert IMAMLModule(network(), **learned).double().strengths["log_strength"].dtype == torch.float64
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])

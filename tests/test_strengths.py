@@ -16,6 +16,7 @@ from lightning_imaml.functional import meta_gradient
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.linear import ConjugateGradient, Direct
 from lightning_imaml.meta_gradients import Implicit, Unrolled
+from lightning_imaml.positive import place
 from lightning_imaml.regularizers import FullProximal, KroneckerProximal, LowRankProximal, Proximal, Regularizer
 from lightning_imaml.tasks import FlatModel
 
@@ -263,3 +264,28 @@ def test_bounds_are_kept_and_never_stop_the_gradient(net):
 def test_bad_settings_are_explained(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_a_tied_weight_has_a_pattern_by_any_of_its_names():
+    net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3)).double()
+    net[2].weight = net[0].weight
+    layout = FlatModel(net).layout
+    for patterns, expected in (({"2.*": 3.0}, (3.0, 3.0)), ({"0.*": 2.0, "2.*": 3.0}, (2.0, 3.0))):
+        placed = place("strength", patterns, False, None, None, layout)
+        assert tuple(placed.start[group] for group in placed.groups) == expected
+    with pytest.raises(ValueError, match=r"found none for \['2.bias'\]"):
+        place("strength", {"2.weight": 1.0}, False, None, None, layout)
+
+
+def test_layers_are_modules_and_the_root_is_one():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.shift = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
+            self.body = nn.Linear(3, 2)
+
+        def forward(self, inputs):
+            return self.scale * self.body(inputs) + self.shift
+
+    strengths = Proximal(2.0, learned=True, per="layer").init(FlatModel(Scaled()))
+    assert strengths["log_strength"].shape == (2,)

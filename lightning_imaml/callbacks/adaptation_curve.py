@@ -34,7 +34,7 @@ class AdaptationCurve(Callback):
             inner solver's.
 
     Raises:
-        ValueError: ``steps`` is empty or holds a negative number.
+        ValueError: ``steps`` is empty or holds a negative number; in a test, there are several dataloaders.
         TypeError: in ``setup``, the inner solver has no ``steps`` to change.
     """
 
@@ -58,6 +58,12 @@ class AdaptationCurve(Callback):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a curve."""
+        loaders = len(trainer.num_test_batches)
+        if loaders > 1:
+            raise ValueError(
+                f"AdaptationCurve: a test must have one dataloader, since there is one curve; found {loaders}. Test "
+                "them one after the other."
+            )
         of_solver: int = pl_module.inner_solver.steps  # type: ignore[union-attr,assignment]
         powers = [2**k for k in range(16) if 2**k <= 4 * of_solver]
         numbers = {0, of_solver, *powers} if self.steps is None else set(self.steps)

@@ -18,7 +18,8 @@ class LearningCurve(Callback):
 
     Panels: loss, accuracy before and after adaptation with its 95 % interval, error of the meta-gradient
     (``MetaGradientErrorMonitor``), memory (``PeakMemoryMonitor``); each only if its metrics were logged. Place it after
-    the monitors in the list of callbacks, or it sees their numbers one step late. Both files are written after every
+    the monitors in the list of callbacks, or it sees their numbers one step late. Of several validation dataloaders it
+    shows the first. Both files are written after every
     validation, at the end of fit and when training fails, to ``trainer.log_dir``, by rank zero. The curve goes on where
     it was when a fit resumes from a checkpoint.
 
@@ -79,7 +80,8 @@ class LearningCurve(Callback):
     def _collect(self, trainer: Trainer, prefixes: tuple[str, ...]) -> None:
         if not trainer.is_global_zero:
             return
-        metrics = trainer.callback_metrics
+        logged = trainer.callback_metrics
+        metrics = {name.removesuffix("/dataloader_idx_0"): value for name, value in logged.items()}
         for name in _DRAWN:
             # The Trainer keeps showing a monitor's last number; a new one is a new tensor, whatever its value.
             if name.startswith(prefixes) and name in metrics and metrics[name] is not self._seen.get(name):

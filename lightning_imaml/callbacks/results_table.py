@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +20,24 @@ from lightning_imaml.functional import adapt, predict
 from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95
 
 # Without "backbone": configure_model may build it after the callbacks' setup.
-_NEEDED = ("inner_solver", "regularizer", "strengths", "inner_loss", "chunk_size")
+_NEEDED = ("inner_solver", "solve_settings", "chunk_size")
+
+
+@dataclass
+class _Tested:
+    """The tasks of one dataloader, and how the network with random weights did on them."""
+
+    protocol: Protocol | None = None
+    tasks: int = 0
+    diverged: bool = False
+    accuracy: EpisodicAccuracy = field(default_factory=EpisodicAccuracy)
+    interval: EpisodicInterval95 = field(default_factory=EpisodicInterval95)
+
+    def see(self, module: Any, episode: Episode) -> None:
+        """Count the tasks of a batch."""
+        self.tasks += episode.tasks
+        protocol = Protocol.of(module, episode)
+        self.protocol = protocol if self.protocol is None else self.protocol.joined(protocol)
 
 
 class ResultsTable(Callback):
@@ -29,6 +47,7 @@ class ResultsTable(Callback):
     the same network with random weights, adapted to the same tasks by the same solver: what meta-learning is worth.
     Other metrics that the module logs with an interval, as ``metrics.with_intervals`` names them, have columns of their
     own. The caption names the protocol. Where the module logs no accuracy, as in regression, the table shows the loss.
+    Each of several dataloaders has a table of its own.
 
     Args:
         baseline: whether to test the network with random weights; it takes as long as the test itself.
@@ -42,13 +61,9 @@ class ResultsTable(Callback):
         self.baseline = baseline
         self.seed = seed
         self._network: nn.Module | None = None
-        self._accuracy = EpisodicAccuracy()
-        self._interval = EpisodicInterval95()
-        self._protocol: Protocol | None = None
-        self._tasks = 0
-        self._diverged = False
+        self._loaders: list[_Tested] = []
         self._note = ""
-        self._table: Table | None = None
+        self._tables: list[Table] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that the module has what the table needs."""
@@ -56,7 +71,7 @@ class ResultsTable(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count tasks."""
-        self._begin()
+        self._begin(trainer.num_val_batches)
 
     def on_validation_batch_end(
         self,
@@ -68,12 +83,12 @@ class ResultsTable(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count tasks."""
-        self._see(pl_module, Episode.of(batch))
+        self._loaders[dataloader_idx].see(pl_module, Episode.of(batch))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the table for the end of fit, or print it if this validation stands alone."""
+        """Keep the tables for the end of fit, or print them if this validation stands alone."""
         if not trainer.sanity_checking:
-            self._table = self._build(trainer, "val")
+            self._tables = self._build(trainer, "val")
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._print(trainer)
 
@@ -83,23 +98,23 @@ class ResultsTable(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Make the network with random weights."""
-        self._begin()
+        self._begin(trainer.num_test_batches)
         if self.baseline:
             network, fixed = reinitialised(pl_module.backbone, self.seed)
             if fixed:
                 self._note = f"No row for random weights: {', '.join(fixed)} cannot be drawn anew (no reset_parameters)"
             else:
                 self._network = network
-        for metric in (self._accuracy, self._interval):
-            metric.reset()
-            metric.to(pl_module.device)
+        for loader in self._loaders:
+            loader.accuracy.to(pl_module.device)
+            loader.interval.to(pl_module.device)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Adapt the network with random weights to the same tasks."""
-        episode = Episode.of(batch)
-        self._see(pl_module, episode)
+        episode, loader = Episode.of(batch), self._loaders[dataloader_idx]
+        loader.see(pl_module, episode)
         if self._network is None or not _has_class_indices(episode):
             return
         try:
@@ -107,17 +122,12 @@ class ResultsTable(Callback):
                 self._network,
                 episode.support_inputs,
                 episode.support_targets,
-                loss=pl_module.inner_loss,
-                inner_solver=pl_module.inner_solver,
-                regularizer=pl_module.regularizer,
-                strengths=dict(pl_module.strengths),
-                rates=dict(pl_module.rates),
-                adapt_only=pl_module.adapt_only,
-                chunk_size=pl_module.chunk_size,
+                # Not compiled, which would take longer than the few tasks of a test.
+                **pl_module.solve_settings() | {"compile": False},
             )
         except FloatingPointError:
             # The learned network is tested all the same.
-            self._diverged = True
+            loader.diverged = True
             return
         with torch.no_grad(), trainer.precision_plugin.test_step_context():
             logits = predict(
@@ -127,34 +137,38 @@ class ResultsTable(Callback):
                 support_inputs=episode.support_inputs,
                 chunk_size=pl_module.chunk_size,
             )
-        self._accuracy.update(logits, episode.query_targets)
-        self._interval.update(logits, episode.query_targets)
+        loader.accuracy.update(logits, episode.query_targets)
+        loader.interval.update(logits, episode.query_targets)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the test."""
-        self._table = self._build(trainer, "test")
+        self._tables = self._build(trainer, "test")
         self._network = None
         self._print(trainer)
 
-    def _begin(self) -> None:
-        self._tasks, self._protocol, self._note, self._network, self._diverged = 0, None, "", None, False
+    def _begin(self, batches: list[Any]) -> None:
+        """Forget what was seen; ``batches`` are the numbers of batches of every dataloader."""
+        self._loaders, self._note, self._network = [_Tested() for _ in batches], "", None
 
-    def _see(self, module: Any, episode: Episode) -> None:
-        self._tasks += episode.tasks
-        protocol = Protocol.of(module, episode)
-        self._protocol = protocol if self._protocol is None else self._protocol.joined(protocol)
+    def _build(self, trainer: Trainer, stage: str) -> list[Table]:
+        """The tables of a finished evaluation; collective, for all ranks."""
+        if len(self._loaders) == 1:
+            return [self._table(trainer, stage, "", self._loaders[0], f"{_TITLES[stage]} results")]
+        return [
+            self._table(trainer, stage, f"/dataloader_idx_{k}", loader, f"{_TITLES[stage]} results, dataloader {k}")
+            for k, loader in enumerate(self._loaders)
+        ]
 
-    def _build(self, trainer: Trainer, stage: str) -> Table:
-        """The table of a finished evaluation; collective, for all ranks."""
+    def _table(self, trainer: Trainer, stage: str, place: str, loader: _Tested, title: str) -> Table:
         metrics = {
-            name.removeprefix(f"{stage}/"): float(value)
+            name.removeprefix(f"{stage}/").removesuffix(place): float(value)
             for name, value in trainer.callback_metrics.items()
-            if name.startswith(f"{stage}/")
+            if name.startswith(f"{stage}/") and name.endswith(place)
         }
-        counted = torch.tensor([float(self._tasks), float(self._diverged)], device=trainer.strategy.root_device)
+        counted = torch.tensor([float(loader.tasks), float(loader.diverged)], device=trainer.strategy.root_device)
         tasks, diverged = torch.as_tensor(trainer.strategy.reduce(counted, reduce_op="sum")).tolist()
-        caption = [f"{self._protocol}, {tasks:.0f} tasks"]
-        table = Table(title=f"{_TITLES[stage]} results", caption_justify="left")
+        caption, note = [f"{loader.protocol}, {tasks:.0f} tasks"], self._note
+        table = Table(title=title, caption_justify="left")
         if "accuracy" not in metrics:
             table.add_column("network")
             table.add_column("loss", justify="right")
@@ -172,19 +186,20 @@ class ResultsTable(Callback):
                 values = (_with_interval(metrics, name, suffix) for name in others)
                 table.add_row(f"{when} adaptation", accuracy, *values)
             if diverged:
-                self._note = "No row for random weights: their adaptation diverged"
+                note = "No row for random weights: their adaptation diverged"
             elif self._network is not None:
-                baseline = _percent(float(self._accuracy.compute()), float(self._interval.compute()))
+                baseline = _percent(float(loader.accuracy.compute()), float(loader.interval.compute()))
                 table.add_row("random weights, after adaptation", baseline)
             caption.append("± is the 95 % interval of the mean over tasks")
-            caption += [self._note] if self._note else []
+            caption += [note] if note else []
         table.caption = ".\n".join(caption) + "."
         return table
 
     def _print(self, trainer: Trainer) -> None:
-        table, self._table = self._table, None
-        if table is not None and trainer.is_global_zero:
-            Console().print(table)
+        tables, self._tables = self._tables, []
+        if trainer.is_global_zero:
+            for table in tables:
+                Console().print(table)
 
 
 _TITLES = {"val": "Validation", "test": "Test"}

@@ -111,11 +111,15 @@ class TaskDataModule(LightningDataModule):
         done: int = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
         return done
 
-    def _loader(self, episodes: EpisodeDataset, sampler: DistributedSampler[int]) -> EpisodeLoader:
+    def _loader(
+        self, episodes: EpisodeDataset, sampler: DistributedSampler[int], numbered: bool = False
+    ) -> EpisodeLoader:
         workers = self.hparams["num_workers"]
         return EpisodeLoader(
             episodes,
-            batch_size=None,  # an item is a batch already
+            # An item is a batch already. Lightning follows the numbers of items of loaders that join them only.
+            batch_size=1 if numbered else None,
+            collate_fn=_only if numbered else None,
             sampler=sampler,
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
@@ -140,7 +144,7 @@ class TaskDataModule(LightningDataModule):
         sampler = EndlessSampler(episodes, num_replicas=world, rank=rank, batches_done=self._batches_done)
         return self._loader(episodes, sampler)
 
-    def _eval_dataloader(self, split: str) -> EpisodeLoader:
+    def _eval_dataloader(self, split: str, numbered: bool = False) -> EpisodeLoader:
         (world, rank), source, tasks = self._processes(), self._source(split), self.evaluation_tasks(split)
         if tasks < world:
             raise ValueError(
@@ -149,7 +153,8 @@ class TaskDataModule(LightningDataModule):
             )
         per_batch = self.hparams["eval_tasks_per_batch"] or self.hparams["tasks_per_batch"]
         episodes = EpisodeDataset(source, EvaluationBatches(source, tasks, per_batch, world))
-        return self._loader(episodes, DistributedSampler(episodes, num_replicas=world, rank=rank, shuffle=False))
+        sampler: DistributedSampler[int] = DistributedSampler(episodes, num_replicas=world, rank=rank, shuffle=False)
+        return self._loader(episodes, sampler, numbered)
 
     def val_dataloader(self) -> EpisodeLoader | list[EpisodeLoader]:
         """The validation tasks, the same each time; an empty list when there are no validation classes."""
@@ -160,8 +165,12 @@ class TaskDataModule(LightningDataModule):
         return self._eval_dataloader("test")
 
     def predict_dataloader(self) -> EpisodeLoader:
-        """The test tasks."""
-        return self._eval_dataloader("test")
+        """The test tasks.
+
+        The ``batch_indices`` of Lightning's ``BasePredictionWriter`` are ``[b]`` for batch b of all processes'; its
+        tasks are ``predict_dataloader().dataset.batches[b]``, with their shape.
+        """
+        return self._eval_dataloader("test", numbered=True)
 
     def _apply_transforms(self, batch: Any, dataloader_idx: int) -> Any:
         """Apply the transforms, on the device of the training; the Trainer calls this."""
@@ -171,6 +180,12 @@ class TaskDataModule(LightningDataModule):
             number = (self._batches_done() or 0) * world + rank
             batch = _with_seed(self.hparams["seed"], number, self.train_transform, batch)
         return batch if self.transform is None else _transformed(self.transform, batch)
+
+
+def _only(items: list[Episode]) -> Episode:
+    """The one item of a list, for loader processes too."""
+    (item,) = items
+    return item
 
 
 def require_whole(name: str, value: object, minimum: int) -> None:

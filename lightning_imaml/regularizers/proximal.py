@@ -27,10 +27,11 @@ class Proximal(MatrixProximal):
 
     Args:
         strength: λ > 0, or its first value where it is learned; or patterns over parameter names with one each. The
-            first pattern that matches counts.
+            first pattern that matches counts, for tied parameters by any of their names.
         learned: learn λ by its gradient. Its logarithm ``log_strength`` is the parameter, which keeps λ positive.
-        per: what has a learned strength of its own: each "layer", each entry of the parameters ("parameter"), or, for
-            None, each pattern; the whole model where ``strength`` is a number.
+        per: what has a learned strength of its own: each "layer", which is all parameters that one module holds itself
+            (a root module with parameters of its own, outside its submodules, is one layer, too); each entry of the
+            parameters ("parameter"); or, for None, each pattern; the whole model where ``strength`` is a number.
         bounds: the lowest and the highest value of learned strengths. The parameter is then ``logit_strength``, s in
             λ = a (b/a)^σ(s) for bounds (a, b): strengths near a bound move slowly, but always have a gradient.
 
