@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import image_folder
 import own_lightning_module
 import own_network
@@ -49,12 +47,12 @@ def test_a_resnet_with_a_folder_of_images(tmp_path):
         (tmp_path / f"class{label:02d}").mkdir()
         for k in range(2):
             noise = torch.randint(0, 60, (20, 20, 3), generator=generator)
-            image = Image.fromarray((noise + 15 * label).to(torch.uint8).numpy())
+            colour = torch.randint(0, 196, (3,), generator=torch.Generator().manual_seed(label))
+            image = Image.fromarray((noise + colour).to(torch.uint8).numpy())
             image.save(tmp_path / f"class{label:02d}" / f"{k}.png")
-    sizes = "--ways 2 --queries 1 --size 16 --meta-steps 1 --test-tasks 2"
+    sizes = "--ways 2 --queries 1 --size 16 --meta-steps 1 --test-tasks 4"
     found = image_folder.main([str(tmp_path), *sizes.split()])
-    assert math.isfinite(found["test/loss"])
-    assert found["test/accuracy"] in (0, 0.25, 0.5, 0.75, 1)  # Of two tasks with two queries each.
+    assert found["test/accuracy"] > 0.6 > found["test/accuracy_before"]
 
 
 def fit(network: nn.Module, episode: Episode, loss: object = F.cross_entropy, **settings: object) -> Trainer:

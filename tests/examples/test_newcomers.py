@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import custom_backbone
@@ -92,11 +91,11 @@ def test_without_learn2learn_its_example_says_what_to_install(monkeypatch):
 def test_omniglot_tests_its_best_checkpoint(tmp_path, omniglot_root, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     small = "--filters 8 --meta-steps 12 --validate-every 6 --test-tasks 40"
-    found = omniglot.main(["--root", str(omniglot_root), "--output", str(tmp_path), *small.split()])
+    found = omniglot.main(["--root", str(omniglot_root), "--output", str(tmp_path / "out"), *small.split()])
     assert found["test/accuracy"] > 0.3 > found["test/accuracy_before"]
-    best = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    best = torch.load(tmp_path / "out" / "best.ckpt", weights_only=True)
     assert best["global_step"] in (6, 12)
-    assert f"The best checkpoint: {tmp_path / 'best.ckpt'}" in capsys.readouterr().out
+    assert f"The best checkpoint: {tmp_path / 'out' / 'best.ckpt'}" in capsys.readouterr().out
 
 
 def test_mini_imagenet_learns_from_photographs(tmp_path, monkeypatch):
@@ -117,23 +116,24 @@ def test_mini_imagenet_learns_from_photographs(tmp_path, monkeypatch):
     assert found["test/accuracy"] > 0.6 > 0.45 > found["test/accuracy_before"]
 
 
-@pytest.mark.slow  # Starts two processes: the example's first command must give what one process gives.
+@pytest.mark.slow  # Starts three processes: the example's first command must give what one process gives.
 def test_two_processes_get_the_numbers_of_one(tmp_path):
     """Of the same global batches, up to rounding."""
-    options = ["--accelerator", "cpu", "--tasks", "4", "--max_steps", "2", "--devices"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        alone = multi_gpu.main([*options, "1", "--folder", str(tmp_path / "one")]).callback_metrics
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "multi_gpu.py"), *options, "2", "--folder", str(tmp_path / "two")],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 processes, 4 tasks a meta-step, 2 meta-steps" in done.stdout
-    told = dict(re.findall(r"^(test/\w+): (.+)$", done.stdout, flags=re.MULTILINE))
+    told, weights = {}, {}
+    for devices in ("1", "2"):
+        command = [sys.executable, multi_gpu.__file__, "--accelerator", "cpu", "--tasks", "4"]
+        done = subprocess.run(
+            [*command, "--max_steps", "2", "--devices", devices, "--folder", str(tmp_path / devices)],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+            timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"{devices} processes, 4 tasks a meta-step, 2 meta-steps" in done.stdout
+        told[devices] = dict(re.findall(r"^(test/\w+): (.+)$", done.stdout, flags=re.MULTILINE))
+        weights[devices] = torch.load(tmp_path / devices / "last.ckpt", weights_only=True)["state_dict"]
     for name in ("test/accuracy", "test/loss"):
-        assert float(told[name]) == pytest.approx(float(alone[name]), abs=2e-3)
-    one, two = (torch.load(tmp_path / name / "last.ckpt", weights_only=True)["state_dict"] for name in ("one", "two"))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+        assert float(told["1"][name]) == pytest.approx(float(told["2"][name]), abs=2e-3)
+    for name, value in weights["1"].items():
+        # A bias before BatchNorm has a gradient of rounding alone, of which Adam makes whole steps.
+        if value.ndim > 1 or "classifier" in name:
+            torch.testing.assert_close(weights["2"][name], value, rtol=1e-4, atol=1e-6)
