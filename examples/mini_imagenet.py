@@ -3,7 +3,9 @@
 python examples/mini_imagenet.py --root PATH
 
 ImageNet's terms do not allow to download it here; the documentation of ``MiniImageNetDataModule`` has the layouts that
-``PATH`` may have. The settings are small, so that this takes minutes: for the papers' settings see ``reproduce.py``.
+``PATH`` may have. The settings are small, so that this takes minutes, which are too few to learn from photographs: 100
+meta-steps gave 26.4 ± 2.0 % on 100 test tasks, and random weights 25.6 ± 1.6 %. Raise ``--meta-steps`` by far, and
+``--filters`` to 32, to get somewhere; ``reproduce.py`` trains with the settings of the papers' tables.
 """
 
 from __future__ import annotations
