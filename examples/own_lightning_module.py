@@ -5,6 +5,8 @@ python examples/own_lightning_module.py
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from own_network import Network, dataset
@@ -56,8 +58,13 @@ class Examples(LightningDataModule):
         return DataLoader(self.train_set, batch_size=32, shuffle=True)
 
 
-def main(**settings: object) -> dict[str, float]:
-    """Train and test; ``settings`` go to the Trainer."""
+def main(args: list[str] | None = None) -> dict[str, float]:
+    """Train and test; return the test metrics."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--meta-steps", type=int, default=200)
+    parser.add_argument("--test-tasks", type=int, default=600)
+    options = parser.parse_args(args)
+
     seed_everything(0, verbose=False)
     ways = 5
     classifier, examples = Classifier(ways), Examples()
@@ -69,9 +76,9 @@ def main(**settings: object) -> dict[str, float]:
         regularizer=Proximal(0.5),
     )
     data = EpisodicDataModule(
-        examples.train_set, ways=ways, shots=1, queries=5, tasks_per_batch=8, batches_per_epoch=50
+        examples.train_set, ways=ways, shots=1, queries=5, tasks_per_batch=8, test_tasks=options.test_tasks
     )
-    trainer = Trainer(**{"max_epochs": 4, "logger": False, "accelerator": "cpu"} | settings)  # type: ignore[arg-type]
+    trainer = Trainer(max_steps=options.meta_steps, accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.fit(module, datamodule=data)
     (tested,) = trainer.test(module, datamodule=data)
     return dict(tested)

@@ -5,6 +5,8 @@ python examples/own_network.py
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor, nn
@@ -38,12 +40,17 @@ def dataset() -> TensorDataset:
     return TensorDataset(directions[labels] + 0.7 * torch.randn(1200, 16, generator=random), labels)
 
 
-def main(**settings: object) -> dict[str, float]:
-    """Train and test; ``settings`` go to the Trainer."""
+def main(args: list[str] | None = None) -> dict[str, float]:
+    """Train and test; return the test metrics."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--meta-steps", type=int, default=200)
+    parser.add_argument("--test-tasks", type=int, default=600)
+    options = parser.parse_args(args)
+
     seed_everything(0, verbose=False)
-    data = EpisodicDataModule(dataset(), ways=5, shots=1, queries=5, tasks_per_batch=8, batches_per_epoch=50)
+    data = EpisodicDataModule(dataset(), ways=5, shots=1, queries=5, tasks_per_batch=8, test_tasks=options.test_tasks)
     module = IMAMLModule(Network(), inner_solver=GradientDescent(lr=0.1, steps=5), regularizer=Proximal(0.5))
-    trainer = Trainer(**{"max_epochs": 4, "logger": False, "accelerator": "cpu"} | settings)  # type: ignore[arg-type]
+    trainer = Trainer(max_steps=options.meta_steps, accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.fit(module, datamodule=data)
     (tested,) = trainer.test(module, datamodule=data)
     return dict(tested)

@@ -15,6 +15,11 @@ class Episode(NamedTuple):
 
     A named tuple, so that data loaders collate, pin and move it, and Lightning reads its batch size as T.
 
+    Example:
+        >>> labels = torch.arange(5).expand(2, 5)  # Two tasks, 5-way 1-shot, with one query a class.
+        >>> Episode(torch.randn(2, 5, 8), labels, torch.randn(2, 5, 8), labels).tasks
+        2
+
     Attributes:
         support_inputs: ``[T, N*K, ...]`` for N ways and K shots; a tensor, or a dict, list or tuple of tensors.
         support_targets: ``[T, N*K]`` class indices in ``0 … N-1``, or ``[T, N*K, ...]`` regression targets.

@@ -85,6 +85,12 @@ def adapt(
 
     Works in inference mode too, and never builds a second-order graph.
 
+    Example:
+        >>> inputs, targets = torch.randn(3, 5, 8), torch.arange(5).expand(3, 5)  # three tasks: 5-way 1-shot
+        >>> adapted = adapt(nn.Linear(8, 5), inputs, targets, inner_solver=GradientDescent(lr=0.1, steps=8))
+        >>> adapted.parameters["weight"].shape
+        torch.Size([3, 5, 8])
+
     Args:
         model: maps inputs ``[n, ...]`` to outputs ``[n, ...]``; it is not changed.
         support_inputs: ``[T, n, ...]``.
@@ -244,6 +250,18 @@ def meta_gradient(
     on_bad_task: Literal["raise", "skip"] = "raise",
 ) -> MetaGradient:
     """The gradient of F(θ, λ) = (1/T) Σ_i Q_i(φ_i) for a batch of tasks.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> _ = nn.init.zeros_(model.weight)  # θ = 0
+        >>> one = torch.ones(1, 1, 1)  # One task with the example x = 1, y = 1: L(φ) = Q(φ) = (φ − 1)².
+        >>> episode = Episode(one, one, one, one)
+        >>> newton = GradientDescent(lr=0.25, steps=1)  # Exact: G(φ) = (φ − 1)² + φ² has the second derivative 4.
+        >>> result = meta_gradient(model, episode, loss=F.mse_loss, inner_solver=newton, regularizer=Proximal(2.0))
+        >>> result.adapted.parameters["weight"]
+        tensor([[[0.5000]]])
+        >>> result.grads["weight"]  # (1 + 2/λ)⁻¹ · 2(φ − 1)
+        tensor([[-0.5000]])
 
     Args:
         model: maps inputs ``[n, ...]`` to outputs ``[n, ...]``; its parameters are θ. Neither they nor their ``.grad``

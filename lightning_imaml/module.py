@@ -45,6 +45,11 @@ class IMAMLModule(OuterStep):
     Batches are :class:`~lightning_imaml.Episode`. Training adapts to each task's support set, and moves the
     initialisation along the meta-gradient of the query losses. Validation, test and predict adapt first too.
 
+    Example:
+        >>> module = IMAMLModule(nn.Linear(8, 5), inner_solver=GradientDescent(lr=0.1, steps=3))
+        >>> module.adapt(torch.randn(2, 5, 8), torch.arange(5).expand(2, 5)).parameters["weight"].shape
+        torch.Size([2, 5, 8])
+
     Args:
         backbone: the network; None builds it by :meth:`configure_backbone` when the Trainer sets the module up.
         loss: ``loss(outputs, targets) -> scalar`` for one task, inner and outer.
@@ -53,10 +58,8 @@ class IMAMLModule(OuterStep):
             network the exact Hessian soon is indefinite for most tasks, and conjugate gradient fails on it.
         regularizer: what ties the adapted parameters to the initialisation.
         optimizer: takes the parameters, gives the outer optimizer.
-        lr_scheduler: takes the optimizer, gives a scheduler that steps after every meta-step. For another interval or
-            frequency, override :meth:`configure_optimizers`.
-        lr_scheduler_monitor: the logged quantity that ReduceLROnPlateau watches, by epoch. It is given here because
-            Lightning drops a scheduler's own ``monitor`` in manual optimization.
+        lr_scheduler: takes the optimizer, gives a scheduler by meta-steps; else override :meth:`configure_optimizers`.
+        lr_scheduler_monitor: what ReduceLROnPlateau watches, by epoch; Lightning drops a scheduler's own (manual mode).
         regularizer_lr: the learning rate of the learned strengths; None for that of the network.
         inner_solver_lr: likewise of the inner solver's learned step sizes.
         gradient_clip_val: clip the meta-gradient to this; the Trainer's own flag refuses manual optimization.
@@ -66,8 +69,7 @@ class IMAMLModule(OuterStep):
         adapt_only: patterns over the backbone's parameter names, such as ``("classifier.*",)``: those that match adapt,
             and the others are meta-learned and the same for all tasks. None adapts all.
         chunk_size: the most tasks at once, which bounds memory; None chooses it from the size of a task.
-        compile: run training and evaluation through ``torch.compile``, see
-            :func:`lightning_imaml.functional.meta_gradient`.
+        compile: run all through ``torch.compile``, see :func:`lightning_imaml.functional.meta_gradient`.
         solve_precision: what the inner loop, the linear solve and the meta-gradient compute in: "full", float32 or more
             whatever the Trainer's ``precision``, on a float32 copy where the parameters have fewer bits; or "trainer",
             the Trainer's own.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import shlex
 import textwrap
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 from lightning.pytorch import Trainer
 from test_design import NAMES
 from test_trainer_flags import FLAGS
+
+from lightning_imaml import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -52,6 +55,33 @@ def test_the_pages_with_code_are_known():
     assert {"getting_started", "theory", "your_own", "migration", "faq"} <= {path.stem for path in WITH_CODE}
     fences = {path.stem: path.read_text().count("```python") for path in PAGES}
     assert {path.stem: len(blocks(path.read_text())) for path in PAGES} == fences
+
+
+def command_lines():
+    """The command line's commands with a configuration, in blocks and in prose."""
+    text = " \n".join(path.read_text() for path in (ROOT / "README.md", *PAGES))
+    found = re.findall(r"lightning-imaml +((?:fit|validate|test|predict) +--config [^`#\n]*)", text)
+    return sorted({" ".join(command.split()) for command in found})
+
+
+@pytest.mark.parametrize("command", command_lines())
+def test_a_printed_command_line_is_one_that_it_takes(command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        cli.run([*shlex.split(command), "--print_config"])
+    assert ended.value.code == 0
+    assert "IMAMLModule" in capsys.readouterr().out
+
+
+def test_printed_command_lines_are_found():
+    assert "fit --config configs/quickstart.yaml" in command_lines()
+    assert "fit --config configs/quickstart.yaml --trainer.strategy ddp --trainer.devices 4" in command_lines()
+
+
+def test_targets_of_make_exist():
+    blocks_of_console = re.findall(r"```console\n(.*?)```", " ".join(p.read_text() for p in LINKED), flags=re.DOTALL)
+    named = set(re.findall(r"^make (\w+)", "\n".join(blocks_of_console), flags=re.MULTILINE))
+    assert {"demo", "test"} <= named <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 
 
 # Links

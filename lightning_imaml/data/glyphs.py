@@ -57,6 +57,11 @@ class GlyphDataModule(EpisodicDataModule):
     letters are split into training, validation and test classes in a fixed random order. Letters that some face draws
     pixel for pixel alike (Latin A, Greek Alpha, Cyrillic A) count once: the first by code point stays.
 
+    Example:
+        >>> data = GlyphDataModule(ways=5, shots=1, queries=4, tasks_per_batch=2)
+        >>> next(iter(data.train_dataloader())).query_inputs.shape
+        torch.Size([2, 20, 1, 28, 28])
+
     Args:
         queries: query images a class, Q, in training; a letter has 12 to 16 images.
         cache_dir: where the pictures are kept; None for ``$XDG_CACHE_HOME/lightning_imaml`` or

@@ -36,6 +36,12 @@ class ConjugateGradient(LinearSolver):
     :class:`~lightning_imaml.regularizers.MatrixProximal`, as ``Implicit`` passes it on. It costs no products, and helps
     where R has most of the curvature, and most of its spread.
 
+    Example:
+        >>> diagonal = torch.tensor([[1.0, 2.0, 4.0]])  # The matrix A of a single task.
+        >>> solution = ConjugateGradient(max_iter=3).solve(lambda v: diagonal * v, torch.ones(1, 3))
+        >>> solution.value
+        tensor([[1.0000, 0.5000, 0.2500]])
+
     Args:
         max_iter: the most iterations, one product with A each.
         rtol: a task stops when ‖r‖ ≤ rtol ‖b‖. 0 runs all iterations, or until r is rounding alone.

@@ -25,6 +25,12 @@ class Proximal(MatrixProximal):
     ``Proximal(2.0, learned=True, per="layer")`` one for each layer, weight and bias together, and ``per="parameter"``
     one for each single weight.
 
+    Example:
+        >>> from lightning_imaml import IMAMLModule
+        >>> module = IMAMLModule(torch.nn.Linear(8, 5), regularizer=Proximal(2.0, learned=True, per="parameter"))
+        >>> {name: value.shape for name, value in module.strengths.items()}
+        {'log_strength': torch.Size([45])}
+
     Args:
         strength: λ > 0, or its first value where it is learned; or patterns over parameter names with one each. The
             first pattern that matches counts, for tied parameters by any of their names.
