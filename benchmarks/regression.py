@@ -42,8 +42,8 @@ def check(run: Mapping[Key, float], recorded: Mapping[Key, float], tolerance: fl
     """Print the ratios.
 
     Raises:
-        SystemExit: with status 1, where a ratio is below ``(1 - tolerance)`` times the recorded one, or where the tables
-            have no side of ours with another side in common.
+        SystemExit: with status 1, where a ratio is below ``(1 - tolerance)`` times the recorded one, or where tables
+            have no workload with a side of ours and another one in common.
     """
     found = ratios(run, recorded)
     if not found:
