@@ -59,6 +59,12 @@ def test_the_workflow_tests_every_version_of_python_that_is_promised():
     assert by_name["oldest"]["constraint"] == "--constraint requirements/oldest.txt"
 
 
+def test_the_extras_are_documented():
+    page = (ROOT / "docs" / "getting_started.md").read_text()
+    told = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.+?) \|", page, flags=re.MULTILINE))))
+    assert set(SETUP["options.extras_require"]) <= told
+
+
 def test_the_citation_has_the_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert str(citation["version"]) == __version__
