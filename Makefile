@@ -5,9 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LEARN2LEARN := $(VENV)/.learn2learn
 SPHINX := $(VENV)/.sphinx
+DIST := $(VENV)/.dist
+# Options of `make benchmark`, such as --check docs/results/benchmark.csv.
+BENCHMARK ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast lint format docs benchmark clean
+.PHONY: help install demo test fast lint format docs dist benchmark clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +32,10 @@ $(SPHINX): $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $(SPHINX)
 
+$(DIST): $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[dist]'
+	touch $(DIST)
+
 demo: $(STAMP)  ## Meta-train on the embedded letters, test on unseen ones, show the result
 	$(BIN)/python examples/quickstart.py
 
@@ -36,7 +43,7 @@ test: $(LEARN2LEARN)  ## Lint, types and all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95
 
 fast: $(LEARN2LEARN)  ## The tests that are not slow
 	$(BIN)/python -m pytest -m "not slow"
@@ -53,9 +60,15 @@ format: $(STAMP)  ## Format the code
 docs: $(SPHINX)  ## Build the documentation site in docs/_build/html; warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
 
+dist: $(DIST)  ## Build wheel and sdist in dist/, and check both in a fresh environment
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python .ci/check_dist.py
+
 benchmark: $(LEARN2LEARN)  ## Compare with other code on random images of Omniglot's size
 	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]'
-	$(BIN)/python -m benchmarks --workloads omniglot-5-1 omniglot-20-1
+	$(BIN)/python -m benchmarks --workloads omniglot-5-1 omniglot-20-1 $(BENCHMARK)
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

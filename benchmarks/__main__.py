@@ -7,6 +7,7 @@ every system is definite and all sides do the same work: at the paper's 2 a plai
 about half of the tasks, where TorchOpt goes on.
 
     python -m benchmarks --omniglot PATH --mini-imagenet PATH    # without a path: random images of that size
+    python -m benchmarks --check docs/results/benchmark.csv      # status 1 where a ratio is worse than recorded
     python -m benchmarks --overhead      # instead: a training step under Lightning against the bare meta-gradient
     python -m benchmarks --kernels       # instead: the convolutions alone, a floor under everything that is eager
     python -m benchmarks --scaling       # instead: time a task against tasks a batch, ways and shots, and width
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import kernels, overhead, scaling
+from benchmarks import kernels, overhead, regression, scaling
 from benchmarks.sides import Row, Side, operations, package, save
 from benchmarks.workloads import WORKLOADS, Workload
 from lightning_imaml import Episode
@@ -129,10 +130,13 @@ def main(args: list[str] | None = None) -> list[Row]:
     kind.add_argument("--overhead", action="store_true", help=overhead.__doc__.splitlines()[0])
     kind.add_argument("--kernels", action="store_true", help=kernels.__doc__.splitlines()[0])
     kind.add_argument("--scaling", action="store_true", help=scaling.__doc__.splitlines()[0])
+    kind.add_argument("--check", type=Path, metavar="FILE", help="compare the ratios with those of this benchmark.csv")
+    parser.add_argument("--tolerance", type=float, default=0.2, help="with --check: how far below is not worse yet")
     parser.add_argument("--compile", action="store_true", help="with --overhead and --scaling: compiled")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("results"))
     options = parser.parse_args(args)
+    recorded = regression.read(options.check) if options.check else None  # Now: --output may write to the same file.
     options.output.mkdir(parents=True, exist_ok=True)
     roots = {"omniglot": options.omniglot, "mini-imagenet": options.mini_imagenet}
     if options.scaling:
@@ -159,6 +163,8 @@ def main(args: list[str] | None = None) -> list[Row]:
                 )
             save(rows, options.output / "benchmark.csv")
     draw(rows).savefig(options.output / "benchmark.png", dpi=120)
+    if recorded is not None:
+        regression.check(regression.milliseconds(rows), recorded, options.tolerance)
     return rows
 
 

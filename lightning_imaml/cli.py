@@ -21,6 +21,10 @@ from lightning_imaml.module import IMAMLModule
 class Parser(LightningArgumentParser):
     """LightningCLI's parser, whose errors end with the nearest valid name of what they do not know."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # An option that is cut short is a typing error, too; jsonargparse before 4.53 took it in subcommands.
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with the message and a proposal."""
         super().error(message + self._proposal(message), ex)
@@ -111,8 +115,6 @@ def run(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         parser_class=Parser,
-        # An option that is cut short is a typing error, too.
-        parser_kwargs={"allow_abbrev": False},
         # The module has its own optimizer and lr_scheduler: one way to set them.
         auto_configure_optimizers=False,
         trainer_defaults={"plugins": [{"class_path": "lightning_imaml.checkpoints.AtomicCheckpointIO"}]},

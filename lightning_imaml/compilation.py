@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -121,6 +122,20 @@ def run_linear(
     return value, product
 
 
+@cache
+def records_derivatives() -> bool:
+    """Whether a recorded derivative can be differentiated again; PyTorch 2.6 records what it saved as detached.
+
+    Where not, ``Unrolled`` and ``Truncated`` run without a compiler.
+    """
+
+    def slope(x: Tensor) -> Tensor:
+        return torch.autograd.grad(x.tanh().sum(), x, create_graph=True)[0]
+
+    graph = make_fx(slope, tracing_mode="fake")(torch.ones(1, requires_grad=True))
+    return all(node.target is not torch.ops.aten.detach.default for node in graph.graph.nodes)
+
+
 def _name(function: Callable[..., Any]) -> Hashable:
     # Methods of equal solvers are the same function; Python compares the solvers of methods by identity.
     return (function.__func__, function.__self__) if inspect.ismethod(function) else function
@@ -132,6 +147,8 @@ def _compiled(
     """The compiled function; None where it is to run as it is."""
     # A dispatch mode (a memory counter, a profiler) could not see into compiled code.
     if not batch.compile or _get_current_dispatch_mode() is not None:
+        return None
+    if torch.is_grad_enabled() and not records_derivatives():
         return None
     known = _known.get(batch)
     if known is None:

@@ -56,11 +56,12 @@ class TaskMean(Metric):
     def __init__(self, interval95: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.interval95 = interval95
+        # A MetricCollection takes metrics for one and the same if their states happen to be equal after the first
+        # batch, as accuracy and F1 score are where all is right. This state tells all but copies apart; it is the first
+        # one, since torchmetrics 1.4 compares no other.
+        self.add_state("instance", torch.tensor(float(next(_instances))), dist_reduce_fx="max")
         for name in ("tasks", "mean", "deviation"):
             self.add_state(name, torch.tensor(0.0), dist_reduce_fx=None)
-        # A MetricCollection takes metrics for one and the same if their states happen to be equal after the first
-        # batch, as accuracy and F1 score are where all is right. This state tells all but copies apart.
-        self.add_state("instance", torch.tensor(float(next(_instances))), dist_reduce_fx="max")
 
     def update(self, values: Tensor) -> None:
         """Add tasks by their numbers, ``[T]``."""

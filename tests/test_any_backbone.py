@@ -243,6 +243,8 @@ def graphs(monkeypatch):
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_recorded_graphs_give_the_same(name, graphs):
+    if name == "GroupNorm" and torch.__version__.startswith("2.6."):
+        pytest.skip("PyTorch 2.6 cannot record GroupNorm under vmap: a warning says so, and all goes on uncompiled")
     network, episode = setting(name)
     settings = SETTINGS | {"estimator": ESTIMATORS["Gauss-Newton"], "chunk_size": TASKS}
     plain = meta_gradient(network, episode, **settings | {"chunk_size": 1})

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import statistics
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import kernels, overhead, scaling
+from benchmarks import kernels, overhead, regression, scaling
 from benchmarks.__main__ import main
 from benchmarks.workloads import WORKLOADS, Settings, Workload
 
@@ -100,3 +101,54 @@ def test_kernels(monkeypatch, tmp_path, capsys):
 def test_one_kind_at_a_time():
     with pytest.raises(SystemExit):
         main(["--scaling", "--overhead"])
+
+
+RECORDED = Path(__file__).resolve().parent.parent / "docs" / "results" / "benchmark.csv"
+LOOP, TORCHOPT, EAGER = (("w", "implicit", side) for side in ("sequential loop", "TorchOpt", "lightning_imaml"))
+
+
+def test_the_recorded_ratios_are_no_worse_than_themselves(capsys):
+    recorded = regression.read(RECORDED)
+    regression.check(recorded, recorded, tolerance=0.0)
+    assert len(capsys.readouterr().out.splitlines()) == sum(side in regression.OURS for _, _, side in recorded)
+
+
+def test_another_machine_is_not_worse_and_a_slower_side_is(capsys):
+    recorded = {LOOP: 50.0, TORCHOPT: 70.0, EAGER: 25.0}
+    regression.check({key: 3 * time for key, time in recorded.items()}, recorded, tolerance=0.0)
+    regression.check({**recorded, EAGER: 30.0}, recorded, tolerance=0.2)
+    with pytest.raises(SystemExit, match=r"^1 of 1 ratios are more than 20% below"):
+        regression.check({**recorded, EAGER: 32.0}, recorded, tolerance=0.2)
+    assert capsys.readouterr().out.count("WORSE") == 1
+
+
+def test_ratios_are_to_the_fastest_side_that_both_tables_have():
+    recorded = {LOOP: 50.0, TORCHOPT: 40.0, EAGER: 20.0}
+    assert regression.ratios({LOOP: 60.0, EAGER: 20.0}, recorded) == {EAGER: (3.0, 2.5)}
+    assert regression.ratios({**recorded, LOOP: 10.0}, recorded) == {EAGER: (0.5, 2.0)}
+
+
+def test_nothing_to_compare_is_no_success():
+    with pytest.raises(SystemExit, match="nothing to compare"):
+        regression.check({EAGER: 1.0, LOOP: 1.0}, {EAGER: 1.0}, tolerance=0.5)
+
+
+def test_the_command_compares_its_table(monkeypatch, tmp_path):
+    """With the recorded times in the place of a measurement: the package is as fast, then half as fast."""
+    factor = 1.0
+
+    def measured(name, workload, episode, gradient, repeats):
+        rows = [row for row in numbers(RECORDED) if (row["workload"], row["gradient"]) == (name, gradient)]
+        for row in rows:
+            row |= {key: float(value) for key, value in row.items() if key not in ("workload", "gradient", "side")}
+            row["ms_a_task"] *= factor if row["side"] in regression.OURS else 1
+        return rows
+
+    monkeypatch.setattr("benchmarks.__main__.measure", measured)
+    table = tmp_path / "benchmark.csv"  # Also the one that is written.
+    table.write_text(RECORDED.read_text())
+    args = ["--workloads", "omniglot-5-1", "--check", str(table), "--output", str(tmp_path)]
+    main(args)
+    factor = 2.0
+    with pytest.raises(SystemExit, match="below the recorded ones"):
+        main(args)

@@ -13,7 +13,6 @@ import matplotlib
 import numpy as np
 import PIL
 import torch
-from fontTools.ttLib import TTFont
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -111,7 +110,9 @@ def render_letters(paths: Sequence[Path]) -> Arrays:
     Returns:
         "images" ``[n, 1, 28, 28]`` ``uint8``, "labels" ``[n]``, and "codes", the code point of each label.
     """
-    fonts = [ImageFont.truetype(path, _EM * _SCALE, layout_engine=ImageFont.Layout.BASIC) for path in paths]
+    from fontTools.ttLib import TTFont  # Here, as it is needed only where no cache has the letters.
+
+    fonts = [ImageFont.truetype(str(path), _EM * _SCALE, layout_engine=ImageFont.Layout.BASIC) for path in paths]
     faces: dict[int, list[ImageFont.FreeTypeFont]] = {}
     for path, font in zip(paths, fonts, strict=True):
         with TTFont(path, lazy=True) as tables:

@@ -86,7 +86,7 @@ def test_too_many_images_a_letter(cache):
 
 def test_a_letter_that_a_face_lacks_ink_for_is_blank():
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    assert not glyphs.render(" ", ImageFont.truetype(path, 96)).any()
+    assert not glyphs.render(" ", ImageFont.truetype(str(path), 96)).any()
 
 
 def test_the_cache_is_used(cache, monkeypatch):
