@@ -13,19 +13,15 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, fx
-from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from lightning_imaml.matrix_form import MatrixForm
+from lightning_imaml.recording import record, require_own_derivative
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -122,20 +118,6 @@ def run_linear(
     return value, product
 
 
-@cache
-def records_derivatives() -> bool:
-    """Whether a recorded derivative can be differentiated again; PyTorch 2.6 records what it saved as detached.
-
-    Where not, ``Unrolled`` and ``Truncated`` run without a compiler.
-    """
-
-    def slope(x: Tensor) -> Tensor:
-        return torch.autograd.grad(x.tanh().sum(), x, create_graph=True)[0]
-
-    graph = make_fx(slope, tracing_mode="fake")(torch.ones(1, requires_grad=True))
-    return all(node.target is not torch.ops.aten.detach.default for node in graph.graph.nodes)
-
-
 def _name(function: Callable[..., Any]) -> Hashable:
     # Methods of equal solvers are the same function; Python compares the solvers of methods by identity.
     return (function.__func__, function.__self__) if inspect.ismethod(function) else function
@@ -147,8 +129,6 @@ def _compiled(
     """The compiled function; None where it is to run as it is."""
     # A dispatch mode (a memory counter, a profiler) could not see into compiled code.
     if not batch.compile or _get_current_dispatch_mode() is not None:
-        return None
-    if torch.is_grad_enabled() and not records_derivatives():
         return None
     known = _known.get(batch)
     if known is None:
@@ -220,31 +200,15 @@ def _compile(
         return values
 
     begin = time.perf_counter()
-    with warnings.catch_warnings(), MatrixForm() if batch.tasks > 1 else nullcontext():
-        warnings.simplefilter("ignore")  # Of the compiler about itself.
-        graph = _with_any_strides(make_fx(flat, tracing_mode="fake")(*example))
-    if any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in graph.graph.nodes):
-        # In place, as PyTorch's second derivative of LayerNorm writes. Neither cutting a graph nor leaving out what
-        # nobody reads could stand that.
-        graph = _with_any_strides(make_fx(functionalize(graph), tracing_mode="fake")(*example))
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # Of the compiler about itself.
+        graph = record(flat, example, matrix_form=batch.tasks > 1)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in example):
+            require_own_derivative(graph, flat, example, _eps(arguments[0]))
         compiled: Callable[..., Any] = kind(graph, results[0], example, len(known.leaves))
     name = getattr(function, "__qualname__", type(function).__qualname__)
     _log.info("compiled %s for %d tasks in %.0f s", name, batch.tasks, time.perf_counter() - begin)
     return compiled
-
-
-def _with_any_strides(graph: fx.GraphModule) -> fx.GraphModule:
-    """Let views copy where they must: kernels and the compiler may lay tensors out otherwise than was recorded."""
-    views = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
-    for node in graph.graph.nodes:
-        if node.target in views:
-            node.target = torch.ops.aten.reshape.default
-    graph.recompile()
-    return graph
 
 
 class _Whole:
@@ -377,6 +341,11 @@ def _has(node: fx.Node, tag: torch.Tag) -> bool:
 
 def _autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _eps(tensor: Tensor) -> float:
+    """The relative precision of what is computed from a tensor."""
+    return torch.finfo(_autocast_dtype(tensor.device.type) or tensor.dtype).eps
 
 
 def _shapes(tensors: Iterable[Tensor]) -> Hashable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 
 import pytest
@@ -22,6 +23,8 @@ SOLVERS = {
     "SGD": lambda steps: TorchOptimizer(torch.optim.SGD, steps, {"lr": 0.01, "momentum": 0.9}),
     "Adam": lambda steps: TorchOptimizer(torch.optim.Adam, steps, {"lr": 1e-3}),
 }
+# Python 3.10 keeps the arguments of a call until it returns: from the second step on, the first iterate besides.
+STEPS = (1, 2, 128) if sys.version_info >= (3, 11) else (2, 3, 128)
 
 
 def peak(solver, estimator):
@@ -36,14 +39,14 @@ def peak(solver, estimator):
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_implicit_peak_does_not_depend_on_the_inner_steps(name):
-    peaks = [peak(SOLVERS[name](steps), Implicit()) for steps in (1, 2, 128)]
+    peaks = [peak(SOLVERS[name](steps), Implicit()) for steps in STEPS]
     assert max(peaks) <= 1.02 * min(peaks), peaks
 
 
 @pytest.mark.parametrize("name", ["gradient descent", "gradient descent, tol", "Nesterov"])
 def test_the_inner_loop_keeps_nothing_of_earlier_steps(name):
     """Without a linear solve, whose peak is above that of the inner loop."""
-    peaks = [peak(SOLVERS[name](steps), FirstOrder()) for steps in (1, 2, 128)]
+    peaks = [peak(SOLVERS[name](steps), FirstOrder()) for steps in STEPS]
     assert max(peaks) <= 1.02 * min(peaks), peaks
 
 

@@ -93,7 +93,7 @@ def test_compiled_steps_give_the_same(name, tanh_net, monkeypatch):
     monkeypatch.setattr(compilation, "_inductor", lambda graph: graphs.append(graph) or graph)
     plain, compiled = (run(tanh_net, SOLVERS[name], compile=compile) for compile in (False, True))
     compilation._kept.clear()
-    assert graphs or not compilation.records_derivatives()
+    assert graphs
     for key in plain.grads:
         torch.testing.assert_close(compiled.grads[key], plain.grads[key], rtol=1e-9, atol=1e-12)
 

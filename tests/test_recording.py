@@ -1,0 +1,105 @@
+"""Recorded graphs whose derivative is the network's own, and those whose derivative is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TanhNet, regression_episode
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_imaml import compilation
+from lightning_imaml.episodes import Episode
+from lightning_imaml.functional import meta_gradient
+from lightning_imaml.inner import GradientDescent
+from lightning_imaml.linear import ConjugateGradient
+from lightning_imaml.meta_gradients import Implicit, Unrolled
+from lightning_imaml.regularizers import Proximal
+
+EPISODE = regression_episode()
+SETTINGS = {
+    "loss": F.mse_loss,
+    "inner_solver": GradientDescent(0.1, 4),
+    "regularizer": Proximal(1.5),
+    "estimator": Unrolled(),
+}
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Record and cut graphs, but run them as they are: what the compiler adds is seconds."""
+    graphs = []
+    monkeypatch.setattr(compilation, "_inductor", lambda graph: graphs.append(graph) or graph)
+    return graphs
+
+
+def same(a, b):
+    torch.testing.assert_close(a.loss, b.loss, rtol=1e-10, atol=1e-12)
+    for name in a.grads:
+        torch.testing.assert_close(a.grads[name], b.grads[name], rtol=1e-10, atol=1e-12)
+
+
+class Rounded(torch.autograd.Function):
+    """With the derivative of the identity."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values):
+        return (4 * values).round() / 4
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def averaged(features):
+    with torch.no_grad():
+        scale = features.square().mean().sqrt()
+    return features / scale
+
+
+CUTS = {
+    "detach": lambda features: features * features.detach(),
+    "no_grad": averaged,
+    "straight through": lambda features: features + (features.sign() - features).detach(),
+    "autograd.Function": Rounded.apply,
+}
+
+
+@pytest.mark.parametrize("start", ["drawn", "zero head"])
+@pytest.mark.parametrize("tasks", [1, 4])
+@pytest.mark.parametrize("cut", CUTS)
+def test_steps_through_a_network_that_cuts_its_gradient_are_not_compiled(cut, tasks, start, recorded):
+    """What a recorded graph cannot know of, and a start at which it would not show."""
+
+    class Cut(TanhNet):
+        def forward(self, inputs):
+            return self.out(CUTS[cut](torch.tanh(self.hidden(inputs))))
+
+    torch.manual_seed(0)
+    net = Cut().double()
+    if start == "zero head":
+        nn.init.zeros_(net.out.weight)
+    episode = Episode(*[t[:tasks] for t in EPISODE])
+    plain = meta_gradient(net, episode, **SETTINGS)
+    with pytest.warns(UserWarning, match=r"another derivative, as where .*\. Going on without compiling") as seen:
+        found = meta_gradient(net, episode, compile=True, **SETTINGS)
+    assert len(seen) == 1
+    same(plain, found)
+    recorded.clear()
+    settings = SETTINGS | {"estimator": Implicit(ConjugateGradient(5))}
+    same(*(meta_gradient(net, episode, compile=compile, **settings) for compile in (False, True)))
+    assert len(recorded) == 4  # All of it: what is implicit is not differentiated once more.
+
+
+def test_steps_through_dropout_are_compiled_with_their_derivative(recorded):
+    """Random numbers alone do not tell the two apart."""
+    net = nn.Sequential(TanhNet(outputs=4), nn.Dropout(0.5), nn.Linear(4, 2)).double()
+    meta_gradient(net, EPISODE, compile=True, **SETTINGS)
+    (step, *_) = recorded
+    assert any("bernoulli" in str(node.target) for node in step.graph.nodes)
