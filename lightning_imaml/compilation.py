@@ -217,7 +217,7 @@ class _Whole:
     def __init__(self, graph: fx.GraphModule, form: pytree.TreeSpec, example: list[Tensor], fixed: int) -> None:
         self.form = form
         self.function = _inductor(graph)
-        self.function(*example)  # Compiles.
+        _compile_now(self.function(*example), example)
 
     def __call__(self, *tensors: Tensor) -> Any:
         return pytree.tree_unflatten(self.function(*tensors), self.form)
@@ -231,7 +231,7 @@ class _Repeated:
     ) -> None:
         self.form = form
         self.before, self.after = _inductor(before), _inductor(after)
-        self.after(*example[fixed:], *self.before(*example[:fixed]))
+        _compile_now(self.after(*example[fixed:], *self.before(*example[:fixed])), example)
 
     def __call__(self, *tensors: Tensor) -> Any:
         return pytree.tree_unflatten(self.after(*tensors), self.form)
@@ -272,6 +272,14 @@ class _Linear:
 
 def _inductor(graph: fx.GraphModule) -> Callable[..., Any]:
     return torch.compile(graph, fullgraph=True, dynamic=False)
+
+
+def _compile_now(results: list[Tensor], example: list[Tensor]) -> None:
+    """Compile the derivative of results too, where there is one: later, nobody could go on without it if that fails."""
+    ends = [result for result in results if result.requires_grad]
+    if ends:
+        starts = [tensor for tensor in example if tensor.requires_grad]
+        torch.autograd.grad(ends, starts, [torch.ones_like(end) for end in ends], allow_unused=True)
 
 
 def _ends(graph: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
