@@ -253,30 +253,6 @@ def test_without_a_compiler_one_warning_and_the_same_results(monkeypatch, tanh_n
     same(plain, meta_gradient(tanh_net, EPISODE, compile=True, **SETTINGS))
 
 
-def test_a_derivative_that_cannot_be_compiled_is_known_before_it_is_needed(monkeypatch, tanh_net):
-    """PyTorch compiles a derivative when it first is taken."""
-
-    def fail(gradient):
-        raise RuntimeError("no kernel")
-
-    def without_derivative(graph):
-        def compiled(*tensors):
-            results = graph(*tensors)
-            for result in results:
-                if result.requires_grad:
-                    result.register_hook(fail)
-            return results
-
-        return compiled
-
-    monkeypatch.setattr(compilation, "_inductor", without_derivative)
-    settings = SETTINGS | {"estimator": Unrolled()}
-    plain = meta_gradient(tanh_net, EPISODE, **settings)
-    with pytest.warns(UserWarning, match=r"found RuntimeError: no kernel\. Going on without compiling") as seen:
-        same(plain, meta_gradient(tanh_net, EPISODE, compile=True, **settings))
-    assert len(seen) == 1
-
-
 def test_a_network_that_cannot_be_recorded_runs_as_it_is(recorded):
     class Branching(TanhNet):
         def forward(self, inputs):

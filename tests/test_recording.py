@@ -103,3 +103,26 @@ def test_steps_through_dropout_are_compiled_with_their_derivative(recorded):
     meta_gradient(net, EPISODE, compile=True, **SETTINGS)
     (step, *_) = recorded
     assert any("bernoulli" in str(node.target) for node in step.graph.nodes)
+
+
+def test_a_derivative_that_cannot_be_compiled_is_known_before_it_is_needed(monkeypatch, tanh_net):
+    """PyTorch compiles a derivative when it first is taken."""
+
+    def fail(gradient):
+        raise RuntimeError("no kernel")
+
+    def without_derivative(graph):
+        def compiled(*tensors):
+            results = graph(*tensors)
+            for result in results:
+                if result.requires_grad:
+                    result.register_hook(fail)
+            return results
+
+        return compiled
+
+    monkeypatch.setattr(compilation, "_inductor", without_derivative)
+    plain = meta_gradient(tanh_net, EPISODE, **SETTINGS)
+    with pytest.warns(UserWarning, match=r"found RuntimeError: no kernel\. Going on without compiling") as seen:
+        same(plain, meta_gradient(tanh_net, EPISODE, compile=True, **SETTINGS))
+    assert len(seen) == 1
