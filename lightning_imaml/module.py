@@ -16,7 +16,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_imaml import functional
 from lightning_imaml.curvature import GaussNewton
 from lightning_imaml.episodes import Episode
-from lightning_imaml.float32 import Float32Parameters
+from lightning_imaml.float32 import Float32Parameters, default_dtype
 from lightning_imaml.functional import Adapted, MetaGradient
 from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import ConjugateGradient
@@ -371,7 +371,9 @@ class IMAMLModule(OuterStep):
 
     def _metrics_of(self, stage: str, loader: int) -> LoaderMetrics:
         if (stage, loader) not in self._metrics:
-            with torch.inference_mode(False):
+            # With bf16-true, new tensors are of bfloat16, which cannot count beyond 256.
+            counting = torch.promote_types(torch.get_default_dtype(), torch.float32)
+            with torch.inference_mode(False), default_dtype(counting):
                 self._metrics[stage, loader] = LoaderMetrics(stage, self.configure_metrics()).to(self.device)
         return self._metrics[stage, loader]
 

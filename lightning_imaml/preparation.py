@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from lightning_imaml.attention import plain_attention
 from lightning_imaml.chunks import default_chunk_size
 from lightning_imaml.episodes import Episode, ordinary
-from lightning_imaml.float32 import full_float32
+from lightning_imaml.float32 import default_dtype, full_float32
 from lightning_imaml.inner import InnerSolver
 from lightning_imaml.regularizers import Regularizer
 from lightning_imaml.support_set import joined
@@ -126,7 +126,6 @@ def check_chunk_size(chunk_size: int | None) -> None:
 @contextmanager
 def precision(flat: FlatModel, full: bool) -> Iterator[None]:
     """Leave inference mode, which cannot differentiate, and autocast: a bf16 Hessian product is wrong by 5e-3."""
-    default = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(plain_attention())
@@ -134,8 +133,5 @@ def precision(flat: FlatModel, full: bool) -> Iterator[None]:
             stack.enter_context(torch.autocast(flat.device.type, enabled=False))
             stack.enter_context(full_float32())
         if flat.dtype != flat.stored_dtype:  # What the network makes anew must fit, too.
-            torch.set_default_dtype(flat.dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(default)
+            stack.enter_context(default_dtype(flat.dtype))
+        yield
