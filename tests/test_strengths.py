@@ -275,6 +275,8 @@ def test_a_tied_weight_has_a_pattern_by_any_of_its_names():
         assert tuple(placed.start[group] for group in placed.groups) == expected
     with pytest.raises(ValueError, match=r"found none for \['2.bias'\]"):
         place("strength", {"2.weight": 1.0}, False, None, None, layout)
+    twice = nn.Sequential(net[2], nn.Tanh(), net[2])
+    assert place("strength", {"2.*": 3.0}, False, None, None, FlatModel(twice).layout).start == (3.0,)
 
 
 def test_layers_are_modules_and_the_root_is_one():
