@@ -264,12 +264,14 @@ class IMAMLModule(OuterStep):
 
     def solve_settings(self, inner_solver: InnerSolver | None = None) -> dict[str, Any]:
         """The module's settings, as arguments of :func:`lightning_imaml.functional.adapt`; for another network, too."""
+        # Another solver may learn no step sizes.
+        learned = inner_solver is None or getattr(inner_solver, "learned", False)
         return {
             "loss": self._loss("inner_loss"),
             "inner_solver": inner_solver or self.inner_solver,
             "regularizer": self.regularizer,
             "strengths": dict(self.strengths),
-            "rates": dict(self.rates),
+            "rates": dict(self.rates) if learned else None,
             "adapt_only": self.adapt_only,
             "chunk_size": self.chunk_size,
             "compile": self.compile_solves,
