@@ -108,6 +108,12 @@ class IMAMLModule(OuterStep):
         if chunk_size is not None:
             require_positive("chunk_size", chunk_size)
         require_choice("solve_precision", solve_precision, ("full", "trainer"))
+        for name in ("loss", "inner_solver", "estimator", "regularizer"):
+            if hasattr(type(self), name):
+                raise TypeError(
+                    f"{name} must be an argument of super().__init__, which would hide one of the class; found "
+                    f"{type(self).__name__}.{name}. Pass it there, or override inner_loss and outer_loss for a loss."
+                )
         # From a script, networks, losses and optimizers are code: pass them again to load_from_checkpoint. From
         # LightningCLI all arguments are plain configuration, and its test and predict need them in the checkpoint.
         code = [] if _given_hyperparameters.get() else ["backbone", "loss", "optimizer", "lr_scheduler"]
@@ -280,8 +286,8 @@ class IMAMLModule(OuterStep):
 
     def _loss(self, name: str) -> Callable[[Any, Any], Tensor]:
         """The bare loss unless it is overridden: the core checks labels against the losses that it knows."""
-        overridden = getattr(type(self), name) is not getattr(IMAMLModule, name)
-        return getattr(self, name) if overridden else self.loss
+        own = getattr(self, name)
+        return self.loss if getattr(own, "__func__", None) is getattr(IMAMLModule, name) else own
 
     # Training
 
