@@ -9,7 +9,7 @@ about half of the tasks, where TorchOpt goes on.
     python -m benchmarks --omniglot PATH --mini-imagenet PATH    # without a path: random images of that size
     python -m benchmarks --check docs/results/benchmark.csv      # status 1 where a ratio is worse than recorded
     python -m benchmarks --overhead      # instead: a training step under Lightning against the bare meta-gradient
-    python -m benchmarks --kernels       # instead: the convolutions alone, a floor under everything that is eager
+    python -m benchmarks --kernels       # instead: the convolutions alone, a floor under eager code that calls them
     python -m benchmarks --scaling       # instead: time a task against tasks a batch, ways and shots, and width
 """
 

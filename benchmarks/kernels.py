@@ -1,12 +1,13 @@
-"""The convolutions of a meta-gradient alone: a floor under every eager implementation, and what it leaves possible.
+"""The convolutions of a meta-gradient alone: a floor under eager code that calls them, and what it leaves possible.
 
 Without a compiler, a meta-gradient with PyTorch's automatic differentiation calls PyTorch's convolutions, forward and
 backward, as often as its inner steps and Hessian products need. Here these calls are recorded from the package, which
 computes nothing twice, for several numbers of tasks at a time; each is timed alone, in a loop, with everything warm, in
 both memory formats; the fastest of all is summed over the calls. Nothing else is in the sum: no normalisation, no
 ReLU, no copies, no Python. A plain loop over tasks, timed in the same run, over this floor is more than any eager
-implementation on these kernels can gain. Beside it stands what the same convolutions take within the package, as a
-profiler sees them: there, images and weights come from other operations, not warm from the call before.
+implementation on these kernels can gain; one that convolves otherwise, by matrix products, has another floor. Beside it
+stands what the same convolutions take within the package, as a profiler sees them: there, images and weights come from
+other operations, not warm from the call before.
 """
 
 from __future__ import annotations

@@ -147,14 +147,14 @@ def _compiled(
         # Taken out and put in again, at the end: the first are those that were not used for longest.
         kept = known.found[call] = _kept[call, known.key] = _kept.pop((call, known.key), _Kept())
         while len(_kept) > _MOST_KEPT:
-            del _kept[next(iter(_kept))]
+            _kept.pop(next(iter(_kept)), None)
         _forget_with(_network(known.key))
     if kept.compiled is None and not kept.failed:
         try:
             kept.compiled = _compile(function, batch, known, arguments, kind)
         except Exception as error:  # Whatever the compiler cannot do, the code itself still can.
             network = _network(known.key)
-            told = any(other.failed for (_, key), other in _kept.items() if _network(key) == network)
+            told = any(other.failed for (_, key), other in list(_kept.items()) if _network(key) == network)
             kept.failed = True
             if not told:
                 warnings.warn(
@@ -174,9 +174,10 @@ def _forget_with(network: Hashable) -> None:
 
 
 def _forget_the_dead() -> None:
-    dead = [key for key in _kept if isinstance(ref := _network(key[1]), weakref.ref) and ref() is None]
-    for key in dead:
-        del _kept[key]
+    # Of a copy, and without a complaint where a key is gone: networks may go at any time, on any thread, also in here.
+    for key in list(_kept):
+        if isinstance(network := _network(key[1]), weakref.ref) and network() is None:
+            _kept.pop(key, None)
 
 
 def _network(key: Hashable) -> Hashable:

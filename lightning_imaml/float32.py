@@ -37,6 +37,17 @@ class Float32Parameters(nn.ParameterDict):
 
 
 @contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make new tensors in this dtype where none is said."""
+    outside = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(outside)
+
+
+@contextmanager
 def full_float32() -> Iterator[None]:
     """Compute without TF32 (10 bits, PyTorch's default for convolutions on a GPU) and without bfloat16 in their place.
 

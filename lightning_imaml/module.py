@@ -16,7 +16,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_imaml import functional
 from lightning_imaml.curvature import GaussNewton
 from lightning_imaml.episodes import Episode
-from lightning_imaml.float32 import Float32Parameters
+from lightning_imaml.float32 import Float32Parameters, default_dtype
 from lightning_imaml.functional import Adapted, MetaGradient
 from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import ConjugateGradient
@@ -108,6 +108,12 @@ class IMAMLModule(OuterStep):
         if chunk_size is not None:
             require_positive("chunk_size", chunk_size)
         require_choice("solve_precision", solve_precision, ("full", "trainer"))
+        for name in ("loss", "inner_solver", "estimator", "regularizer"):
+            if hasattr(type(self), name):
+                raise TypeError(
+                    f"{name} must be an argument of super().__init__, which would hide one of the class; found "
+                    f"{type(self).__name__}.{name}. Pass it there, or override inner_loss and outer_loss for a loss."
+                )
         # From a script, networks, losses and optimizers are code: pass them again to load_from_checkpoint. From
         # LightningCLI all arguments are plain configuration, and its test and predict need them in the checkpoint.
         code = [] if _given_hyperparameters.get() else ["backbone", "loss", "optimizer", "lr_scheduler"]
@@ -264,12 +270,14 @@ class IMAMLModule(OuterStep):
 
     def solve_settings(self, inner_solver: InnerSolver | None = None) -> dict[str, Any]:
         """The module's settings, as arguments of :func:`lightning_imaml.functional.adapt`; for another network, too."""
+        # Another solver may learn no step sizes.
+        learned = inner_solver is None or getattr(inner_solver, "learned", False)
         return {
             "loss": self._loss("inner_loss"),
             "inner_solver": inner_solver or self.inner_solver,
             "regularizer": self.regularizer,
             "strengths": dict(self.strengths),
-            "rates": dict(self.rates),
+            "rates": dict(self.rates) if learned else None,
             "adapt_only": self.adapt_only,
             "chunk_size": self.chunk_size,
             "compile": self.compile_solves,
@@ -278,8 +286,8 @@ class IMAMLModule(OuterStep):
 
     def _loss(self, name: str) -> Callable[[Any, Any], Tensor]:
         """The bare loss unless it is overridden: the core checks labels against the losses that it knows."""
-        overridden = getattr(type(self), name) is not getattr(IMAMLModule, name)
-        return getattr(self, name) if overridden else self.loss
+        own = getattr(self, name)
+        return self.loss if getattr(own, "__func__", None) is getattr(IMAMLModule, name) else own
 
     # Training
 
@@ -371,7 +379,9 @@ class IMAMLModule(OuterStep):
 
     def _metrics_of(self, stage: str, loader: int) -> LoaderMetrics:
         if (stage, loader) not in self._metrics:
-            with torch.inference_mode(False):
+            # With bf16-true, new tensors are of bfloat16, which cannot count beyond 256.
+            counting = torch.promote_types(torch.get_default_dtype(), torch.float32)
+            with torch.inference_mode(False), default_dtype(counting):
                 self._metrics[stage, loader] = LoaderMetrics(stage, self.configure_metrics()).to(self.device)
         return self._metrics[stage, loader]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,11 +15,16 @@ from torch.utils import _pytree as pytree
 from lightning_imaml.attention import plain_attention
 from lightning_imaml.chunks import default_chunk_size
 from lightning_imaml.episodes import Episode, ordinary
-from lightning_imaml.float32 import full_float32
+from lightning_imaml.float32 import default_dtype, full_float32
 from lightning_imaml.inner import InnerSolver
+from lightning_imaml.layout import Layout
 from lightning_imaml.regularizers import Regularizer
 from lightning_imaml.support_set import joined
 from lightning_imaml.tasks import FlatModel, InnerProblem, LossFunction, TaskLoss
+
+# What was last asked of a network's regulariser and solver: whose it is, of which parameters, and names and shapes.
+_needed: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[object, Layout, dict[str, list[int]]]]]
+_needed = weakref.WeakKeyDictionary()
 
 
 def prepare(
@@ -60,9 +66,9 @@ def prepare(
     else:
         query_classes = classes_of("query_targets", episode.query_targets, outer_loss)
     if strengths is not None:
-        _require_learned("strengths", strengths, regularizer, "init", regularizer.init(flat))
+        _require_learned("strengths", strengths, regularizer, "init", flat)
     if rates is not None:
-        _require_learned("rates", rates, inner_solver, "rates", inner_solver.rates(flat))
+        _require_learned("rates", rates, inner_solver, "rates", flat)
 
     def chunks(episode: Episode) -> Iterator[tuple[InnerProblem, TaskLoss]]:
         # Made when the solves begin, outside inference mode.
@@ -84,16 +90,22 @@ def prepare(
     return flat, chunks
 
 
-def _require_learned(
-    argument: str, given: Mapping[str, Tensor], owner: object, method: str, learned: Mapping[str, Tensor]
-) -> None:
+def _require_learned(argument: str, given: Mapping[str, Tensor], owner: object, method: str, flat: FlatModel) -> None:
     """Raise a ValueError unless these are what a regulariser or a solver learns, by name and shape."""
-    found, needed = ({name: list(value.shape) for name, value in sorted(tree.items())} for tree in (given, learned))
+    last = _needed.setdefault(flat.module, {})
+    if argument not in last or last[argument][0] is not owner or last[argument][1] != flat.layout:
+        # Not in every step: the first values of a matrix take longer than the rest of the preparation.
+        last[argument] = owner, flat.layout, _shapes(getattr(owner, method)(flat))
+    found, needed = _shapes(given), last[argument][2]
     if found != needed:
         raise ValueError(
             f"{argument} must hold tensors of the names and shapes that {type(owner).__name__} learns, {needed}; found "
             f"{found}. Start from those of its method {method}, or leave {argument} out for them."
         )
+
+
+def _shapes(tree: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in sorted(tree.items())}
 
 
 def _in_dtype_of(flat: FlatModel, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,7 +138,6 @@ def check_chunk_size(chunk_size: int | None) -> None:
 @contextmanager
 def precision(flat: FlatModel, full: bool) -> Iterator[None]:
     """Leave inference mode, which cannot differentiate, and autocast: a bf16 Hessian product is wrong by 5e-3."""
-    default = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(plain_attention())
@@ -134,8 +145,5 @@ def precision(flat: FlatModel, full: bool) -> Iterator[None]:
             stack.enter_context(torch.autocast(flat.device.type, enabled=False))
             stack.enter_context(full_float32())
         if flat.dtype != flat.stored_dtype:  # What the network makes anew must fit, too.
-            torch.set_default_dtype(flat.dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(default)
+            stack.enter_context(default_dtype(flat.dtype))
+        yield

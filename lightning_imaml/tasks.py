@@ -85,22 +85,21 @@ class FlatModel:
         self.module = module
         self.compile = compile
         adapted = list(trainable)
+        # A tied parameter is one parameter, by whichever of its names.
+        first = {p: name for name, p in trainable.items()}
+        named = module.named_parameters(remove_duplicate=False)
+        names = {name: first[p] for name, p in named if p in first}
         if adapt_only is not None:
             if isinstance(adapt_only, str) or not adapt_only:
                 raise ValueError(
                     f"adapt_only must be a sequence of patterns, or None for all; found {adapt_only!r}. For a head "
                     "alone, write ('classifier.*',)."
                 )
-            # A tied parameter is one parameter, by whichever of its names.
-            first, names = {p: name for name, p in trainable.items()}, {}
-            for name, parameter in module.named_parameters(remove_duplicate=False):
-                if parameter in first:
-                    names[name] = first[parameter]
             require_matches(adapt_only, list(names), "adapt_only")
             chosen = {own for name, own in names.items() if matches(name, adapt_only)}
             adapted = [name for name in adapted if name in chosen]
         self._tied = tied_names(module)
-        tied = tuple((other, first) for other, first in self._tied.items() if first in adapted)
+        tied = tuple((name, own) for name, own in names.items() if name != own and own in adapted)
         self.layout = Layout(tuple(adapted), tuple(tuple(trainable[name].shape) for name in adapted), compile, tied)
         self.shared = tuple(name for name in trainable if name not in adapted)
         self.stored_dtype, self.device = next(iter(kinds))

@@ -349,6 +349,20 @@ def test_what_is_compiled_goes_with_its_network(recorded, tanh_net):
     assert list(compilation._kept) == before
 
 
+def test_networks_may_go_while_another_is_forgotten(recorded, monkeypatch):
+    networks, network_of = [TanhNet().double() for _ in range(2)], compilation._network
+    for k in range(2):
+        meta_gradient(networks[k], EPISODE, compile=True, **SETTINGS)
+
+    def collect(key):
+        networks.clear()
+        return network_of(key)
+
+    monkeypatch.setattr(compilation, "_network", collect)
+    compilation._forget_the_dead()
+    assert not compilation._kept
+
+
 def test_the_cache_is_bounded(recorded, monkeypatch, tanh_net):
     monkeypatch.setattr(compilation, "_MOST_KEPT", 4)
     for tasks in range(1, 5):

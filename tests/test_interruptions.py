@@ -281,6 +281,27 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path, kept, said):
     assert run.global_step == 3
 
 
+def test_every_batch_rank_and_run_draws_numbers_of_its_own(tmp_path):
+    def drawn(run: int, rank: int) -> list[float]:
+        numbers = []
+
+        class Draws(IMAMLModule):
+            global_rank = rank
+
+            def meta_gradient(self, *args, **settings):
+                numbers.append(torch.rand(()).item())
+                return super().meta_gradient(*args, **settings)
+
+        model = module(kind=Draws)
+        torch.manual_seed(run)
+        trainer(tmp_path, max_steps=3).fit(model, datamodule=data())
+        return numbers
+
+    found = [drawn(run, rank) for run, rank in ((0, 0), (0, 1), (1, 0))]
+    assert len({number for numbers in found for number in numbers}) == 9
+    assert drawn(0, 1) == found[1]
+
+
 @pytest.mark.parametrize("stop", [2, 5, 7])
 def test_dropout_goes_on_with_the_masks_of_an_uninterrupted_run(tmp_path, stop):
     expected, first, second = (module(dropout=0.5) for _ in range(3))

@@ -340,6 +340,16 @@ def test_losses_can_be_overridden_and_regression_works():
     assert "val/accuracy" not in run.callback_metrics
 
 
+def test_no_setting_is_overridden_in_silence():
+    model, episode = IMAMLModule(nn.Linear(4, 3)), class_episode(tasks=1, ways=3, shape=(4,))
+    model.inner_loss = lambda outputs, targets: 0 * outputs.sum()
+    adapted = model.adapt(episode.support_inputs, episode.support_targets)
+    torch.testing.assert_close(adapted.parameters["weight"][0], model.backbone.weight.detach())
+    own = type("Own", (IMAMLModule,), {"loss": lambda self, outputs, targets: F.mse_loss(outputs, targets)})
+    with pytest.raises(TypeError, match=r"loss must be an argument of .*; found Own.loss. Pass it there, or override"):
+        own(nn.Linear(4, 3))
+
+
 def test_most_tasks_indefinite_is_told_once():
     model = IMAMLModule(
         TanhNet().double(),

@@ -98,6 +98,16 @@ def test_bf16_does_not_round_the_steps_of_a_learned_strength_away(kind):
     assert IMAMLModule(network(), **learned).double().strengths["log_strength"].dtype == torch.float64
 
 
+def test_every_task_counts_with_bf16():
+    """In bfloat16, 2048 and 4 are 2048."""
+    batches = DataLoader([class_episode(tasks=k, shape=SHAPE) for k in (2048, *[4] * 32)], batch_size=None)
+    expected, found = (
+        trainer(precision).validate(IMAMLModule(network(), **SETTINGS), batches, verbose=False)[0]
+        for precision in ("32-true", "bf16-true")
+    )
+    assert found == pytest.approx(expected, rel=2e-2)  # Where four tasks are not counted, 6 % off.
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_mixed_precision_takes_the_steps_of_full_precision(precision):
     """The solves leave autocast: the same float32 computation, up to the loss scale's rounding."""

@@ -155,6 +155,24 @@ def test_evaluation_with_loaders_of_unequal_length_is_over_all_tasks(results):
         assert first[name] == pytest.approx(value, rel=1e-5), name
 
 
+def test_each_of_several_loaders_is_judged_over_the_tasks_of_all_ranks(results):
+    alone, first, second = (found["several loaders"] for found in results)
+    assert first == second
+    for stage in ("val", "test"):
+        assert {f"{stage}/accuracy_interval95/dataloader_idx_{k}" for k in range(2)} <= set(alone)
+    assert first == pytest.approx(alone, rel=1e-5)
+
+
+def test_prediction_writers_are_told_the_batches_of_their_rank(results):
+    alone, *ranks = (found["predicted"] for found in results)
+    expected = {number: predictions for (number,), predictions in alone}
+    assert sorted(expected) == [0, 1, 2, 3]
+    assert [[number for (number,), _ in written] for written in ranks] == [[0, 2], [1, 3]]
+    for written in ranks:
+        for (number,), predictions in written:
+            torch.testing.assert_close(predictions, expected[number])
+
+
 RESUMED = """
 import os, signal, sys, warnings
 from pathlib import Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_imaml import IMAMLModule, compilation
 from lightning_imaml.callbacks import MetaGradientErrorMonitor
-from lightning_imaml.functional import meta_gradient
+from lightning_imaml.functional import adapt, meta_gradient
 from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov
 from lightning_imaml.meta_gradients import FirstOrder, Implicit, Reptile, Truncated, Unrolled
 from lightning_imaml.regularizers import KroneckerProximal, LowRankProximal, NoRegularizer, Proximal
@@ -212,3 +213,16 @@ def test_the_error_monitor_says_that_learned_step_sizes_have_no_reference():
 
 def test_other_solvers_have_none(tanh_net):
     assert HessianFree(2).rates(FlatModel(tanh_net)) == {}
+
+
+def test_a_module_with_learned_step_sizes_adapts_with_another_solver_too(tanh_net):
+    support, settings = EPISODE[:2], {"loss": F.mse_loss, "regularizer": Proximal(0.5)}
+    module = IMAMLModule(tanh_net, inner_solver=GradientDescent(0.2, 2, learned=True), **settings)
+    for solver in (GradientDescent(0.1, 2), Nesterov(0.1, 2), HessianFree(2)):
+        expected = adapt(tanh_net, *support, inner_solver=solver, **settings)
+        found = module.adapt(*support, inner_solver=solver)
+        torch.testing.assert_close(found.residual, expected.residual)
+    module.rates["log_lr"].data -= 1
+    longer = module.adapt(*support, inner_solver=GradientDescent(0.2, 4, learned=True))  # With what was learned.
+    expected = adapt(tanh_net, *support, inner_solver=GradientDescent(0.2 / math.e, 4), **settings)
+    torch.testing.assert_close(longer.residual, expected.residual, rtol=1e-6, atol=0)

@@ -266,6 +266,18 @@ def test_bad_settings_are_explained(make, words):
         make()
 
 
+def test_the_first_values_are_not_made_anew_in_every_step(net, monkeypatch):
+    made, init = [], LowRankProximal.init
+    monkeypatch.setattr(LowRankProximal, "init", lambda self, model: made.append(model) or init(self, model))
+    regularizer = LowRankProximal(1.5, rank=2)
+    strengths = regularizer.init(FlatModel(net))
+    for _ in range(3):
+        run(net, strengths, regularizer)
+    assert len(made) == 2  # The one above, and one for its names and shapes.
+    with pytest.raises(ValueError, match=r"that LowRankProximal learns, \{.factor.: \[8, 1\]"):
+        run(net, strengths, LowRankProximal(1.5, rank=1))
+
+
 def test_a_tied_weight_has_a_pattern_by_any_of_its_names():
     net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3)).double()
     net[2].weight = net[0].weight
@@ -275,6 +287,8 @@ def test_a_tied_weight_has_a_pattern_by_any_of_its_names():
         assert tuple(placed.start[group] for group in placed.groups) == expected
     with pytest.raises(ValueError, match=r"found none for \['2.bias'\]"):
         place("strength", {"2.weight": 1.0}, False, None, None, layout)
+    twice = nn.Sequential(net[2], nn.Tanh(), net[2])
+    assert place("strength", {"2.*": 3.0}, False, None, None, FlatModel(twice).layout).start == (3.0,)
 
 
 def test_layers_are_modules_and_the_root_is_one():

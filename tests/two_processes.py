@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -209,6 +210,37 @@ def uneven_evaluation(processes: int) -> dict[str, float]:
     return dict(run.validate(module(), batches(mine), verbose=False)[0])
 
 
+def several_loaders(processes: int) -> dict[str, float]:
+    """Two loaders of unequal length, with a sanity check, validation in a fit and a test; the ranks' tasks differ."""
+    shares = [([[0, 1], [2]], [[3, 4, 5]]), ([[6, 7], [8]], [[9]])]
+
+    def loaders() -> list[DataLoader[Any]]:
+        return [batches(shares[rank()][k] if processes > 1 else [*shares[0][k], *shares[1][k]]) for k in range(2)]
+
+    run = trainer(processes, use_distributed_sampler=False, limit_val_batches=1.0, max_steps=2)
+    model = module()
+    run.fit(model, batches([[20 + rank()], [22 + rank()]] if processes > 1 else [[20, 21], [22, 23]]), loaders())
+    validated = {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val/")}
+    for tested in run.test(model, loaders(), verbose=False):
+        validated |= tested
+    return validated
+
+
+def predicted(processes: int) -> list[Any]:
+    """What a writer is told of: the batches' numbers with their predictions."""
+    writer = Written("epoch")
+    trainer(processes, writer).predict(module(), datamodule=data(2, test_tasks=8), return_predictions=False)
+    return writer.written
+
+
+class Written(BasePredictionWriter):
+    """Keeps what it is told."""
+
+    def write_on_epoch_end(self, trainer: Any, pl_module: Any, predictions: Any, batch_indices: Any) -> None:
+        """Keep the numbers and the predictions of all batches."""
+        self.written = list(zip(*batch_indices, predictions, strict=True))
+
+
 def error_of(run: Any, *args: Any, **settings: Any) -> str:
     try:
         run(*args, **settings)
@@ -230,6 +262,8 @@ def main(folder: Path, processes: int) -> None:
         "skipped": skipped(processes),
         "warned": WARNED,
         "uneven evaluation": uneven_evaluation(processes),
+        "several loaders": several_loaders(processes),
+        "predicted": predicted(processes),
         "uneven batch": uneven_batch(processes),
         "skipped in long steps": skipped_in_long_steps(processes),
     }
