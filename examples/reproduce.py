@@ -212,7 +212,7 @@ def main(args: list[str] | None = None) -> Row:
         parser.error(f"--ways and --shots must be a setting of table {options.table}, {there}; found {setting}")
     if options.tasks < 600:
         parser.error(f"--tasks must be at least 600, as for all results here; found {options.tasks}")
-    extra = [] if options.config is None else [options.config]
+    extra = [] if options.config is None else [options.config.resolve()]
     row = reproduce(
         Run(
             options.table, DATASETS[options.table], options.method, *setting,

@@ -6,6 +6,7 @@ import csv
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import _results
@@ -319,6 +320,31 @@ def test_the_papers_own_settings(file, ways, solver, capsys):
     assert settings["estimator"]["init_args"]["linear_solver"]["init_args"]["max_iter"] == 5
     assert settings["inner_solver"]["init_args"].items() >= solver.items()
     assert settings["backbone"]["init_args"]["ways"] == ways
+
+
+@pytest.mark.parametrize("method", ["imaml_gd", "maml"])
+def test_the_settings_of_long_trainings_keep_a_moving_average(method, capsys):
+    tuned = reproduce.CONFIGS / "tuned" / f"omniglot_{method}_long.yaml"
+    configs = [*reproduce.configurations(2, method, 5, 1), tuned]
+    with pytest.raises(SystemExit):
+        cli.run(["fit", *(text for path in configs for text in ("--config", str(path))), "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    callbacks = [callback["class_path"].rpartition(".")[2] for callback in printed["trainer"]["callbacks"]]
+    assert callbacks.count("ModelCheckpoint") == 2, "those of the plain configuration stay"
+    assert callbacks[-1] == "EMAWeightAveraging"
+    assert printed["data"]["init_args"]["eval_queries"] == 1
+
+
+def test_cards_of_published_weights_name_their_configurations():
+    """From the root of the repository, whose files they are; and every row's weights are there."""
+    results = reproduce.ROOT / "docs" / "results"
+    cards = sorted((results / "weights").glob("*.md"))
+    assert len(cards) == len(_results.read(results / "results.csv"))
+    for card in cards:
+        words = card.read_text().split()
+        named = [after for word, after in pairwise(words) if word in ("--config", "--ckpt_path")]
+        assert len(named) >= 2
+        assert all((reproduce.ROOT / name).is_file() for name in named), card
 
 
 def test_every_difference_belongs_to_an_entry():
