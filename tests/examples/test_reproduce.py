@@ -336,12 +336,16 @@ def test_the_settings_of_long_trainings_keep_a_moving_average(method, capsys):
 
 
 def test_cards_of_published_weights_name_their_configurations():
-    """From the root of the repository, whose files they are; and every row's weights are there."""
+    """From the root of the repository, whose files they are; and every model has one, with its newest number."""
     results = reproduce.ROOT / "docs" / "results"
     cards = sorted((results / "weights").glob("*.md"))
-    assert len(cards) == len(_results.read(results / "results.csv"))
+    newest = {(r["method"], r["seed"], r["protocol"]): r for r in _results.read(results / "results.csv")}
+    assert len(cards) == len(newest)
+    numbers = {f"{float(row['accuracy']):.2f} ± {float(row['interval95']):.2f} %" for row in newest.values()}
     for card in cards:
-        words = card.read_text().split()
+        text = card.read_text()
+        assert any(number in text for number in numbers), card
+        words = text.split()
         named = [after for word, after in pairwise(words) if word in ("--config", "--ckpt_path")]
         assert len(named) >= 2
         assert all((reproduce.ROOT / name).is_file() for name in named), card
