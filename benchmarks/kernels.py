@@ -17,11 +17,12 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,7 +38,7 @@ class Convolutions(TorchDispatchMode):
     """Count the calls of convolutions by their arguments.
 
     Attributes:
-        calls: how often each; tensors are noted as their shape.
+        calls: how often each; tensors are noted as their ``torch.Size``, lists as plain tuples.
     """
 
     def __init__(self) -> None:
@@ -47,13 +48,20 @@ class Convolutions(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note a call and make it."""
         if func in _CONVOLUTIONS:
-            self.calls[(func, *(tuple(a.shape) if isinstance(a, Tensor) else _fixed(a) for a in args))] += 1
+            self.calls[(func, *map(_noted, args))] += 1
         return func(*args, **(kwargs or {}))
 
 
-def _fixed(argument: Any) -> Any:
-    """An argument that is not a tensor, marked as such, so that a list of sizes is not taken for a shape."""
-    return ("value", tuple(argument) if isinstance(argument, list) else argument)
+def _noted(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.shape
+    return tuple(argument) if isinstance(argument, list) else argument
+
+
+def _argument(noted: Any, layout: torch.memory_format) -> Any:
+    if isinstance(noted, torch.Size):
+        return torch.rand(noted).contiguous(memory_format=layout if len(noted) == 4 else torch.contiguous_format)
+    return list(noted) if isinstance(noted, tuple) else noted
 
 
 def seconds(call: tuple[Any, ...]) -> float:
@@ -61,13 +69,16 @@ def seconds(call: tuple[Any, ...]) -> float:
     func, *noted = call
     found = []
     for layout in (torch.contiguous_format, torch.channels_last):
-        arguments = [
-            list(a[1]) if a[0] == "value" and isinstance(a[1], tuple) else a[1] if a[0] == "value"
-            else torch.rand(a).contiguous(memory_format=layout if len(a) == 4 else torch.contiguous_format)
-            for a in noted
-        ]  # fmt: skip
-        found.append(shortest(lambda arguments=arguments: func(*arguments)))
+        arguments = [_argument(each, layout) for each in noted]
+        found.append(shortest(partial(func, *arguments)))
     return min(found)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """The seconds of a piece of work."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def shortest(work: Callable[[], object]) -> float:
@@ -75,9 +86,7 @@ def shortest(work: Callable[[], object]) -> float:
     work()
     times: list[float] = []
     while len(times) < 10 or sum(times) < 0.03:
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
+        times.append(timed(work))
     return min(times)
 
 
@@ -110,13 +119,8 @@ def run(names: Sequence[str], roots: dict[str, Path | None], repeats: int, outpu
         episode, model = workload.episode(roots[workload.data]), workload.network()
         one = Episode(*(tensor[:1] for tensor in episode))
         sizes = [size for size in (1, 2, 4, 8, 16) if size <= workload.tasks]
-
-        def plain(model: nn.Module = model, one: Episode = one, workload: Workload = workload) -> float:
-            start = time.perf_counter()
-            sequential.meta_gradient(model, one, workload.settings)
-            return time.perf_counter() - start
-
-        plain()
+        plain = partial(timed, partial(sequential.meta_gradient, model, one, workload.settings))
+        plain()  # To warm up.
         # The machine's speed changes: half of the loop's times are taken before the floor, half after.
         loop = [plain() for _ in range(repeats)]
         convolutions = floor(workload, episode, sizes)
