@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer
 from torchmetrics import Metric, MetricCollection
 
 from lightning_imaml import functional
+from lightning_imaml.arguments import require_choice
 from lightning_imaml.curvature import GaussNewton
 from lightning_imaml.episodes import Episode
 from lightning_imaml.float32 import Float32Parameters, default_dtype
@@ -27,7 +28,6 @@ from lightning_imaml.outer_step import (
     OuterStep,
     parameter_groups,
     refuse_unreached,
-    require_choice,
     require_positive,
     surrogate,
 )

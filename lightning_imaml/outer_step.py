@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
 
+from lightning_imaml.arguments import require_choice
 from lightning_imaml.functional import MetaGradient
 from lightning_imaml.meta_steps import MetaSteps, begin_next_epoch, counting_callback
 from lightning_imaml.metrics import is_classification
@@ -35,12 +36,6 @@ def require_positive(name: str, value: int) -> None:
     """Raise a ValueError unless an argument is at least 1."""
     if value < 1:
         raise ValueError(f"{name} must be at least 1; found {value}. Leave it out for the default.")
-
-
-def require_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
-    """Raise a ValueError unless an argument is one of the choices."""
-    if choice not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; found {choice!r}.")
 
 
 def parameter_groups(module: nn.Module, apart: Mapping[nn.Module, tuple[str, float]]) -> list[Any]:

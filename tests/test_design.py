@@ -75,8 +75,8 @@ def test_no_file_is_long(path):
 
 # Each room may import from the rooms before it.
 ROOMS = [
-    "_version", "component", "layout", "positive", "phases", "episodes", "bad_tasks", "attention", "float32",
-    "random_states", "regularizers", "matrix_form", "recording", "compilation", "over_tasks", "support_set",
+    "_version", "arguments", "component", "layout", "positive", "phases", "episodes", "bad_tasks", "attention",
+    "float32", "random_states", "regularizers", "matrix_form", "recording", "compilation", "over_tasks", "support_set",
     "tasks", "ranks", "chunks", "curvature", "linear", "inner", "meta_gradients", "preparation", "functional",
     "metrics", "meta_steps", "outer_state", "outer_step", "checkpoints", "module", "callbacks", "data", "models",
     "cli",

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import Dataset
 
+from lightning_imaml.arguments import require_choice
 from lightning_imaml.data.base import TaskDataModule, Transform, require_range, split_setting
 from lightning_imaml.data.episode_list import ListedTasks, read_episodes, write_episodes
 from lightning_imaml.data.labelled import ROTATIONS, ClassPool, shuffle_classes
@@ -273,12 +274,6 @@ def _require_disjoint(pools: Mapping[str, ClassPool]) -> None:
                 f"such as {_some(shared)}. Leave them out of one of the two, or pass a single dataset as `train` "
                 "to have its classes split."
             )
-
-
-def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise a ValueError unless an argument is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; found {value!r}.")
 
 
 def _some(found: Sequence[Any], quote: bool = True) -> str:

@@ -1,0 +1,11 @@
+"""Checks of arguments that have the same answer everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise a ValueError unless an argument is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; found {value!r}.")
