@@ -76,6 +76,8 @@ class IMAMLModule(OuterStep):
         on_bad_task: what to do with a training task that is NaN or explodes: "raise" an error on all ranks, or "skip"
             it, with a warning that names it; see :func:`lightning_imaml.functional.meta_gradient`. A step that is left
             without tasks is not taken. Evaluation always raises: results without their worst tasks would flatter.
+        eval_inner_solver: what adapts in validation, test, predict and :meth:`adapt`, such as more steps; None for
+            ``inner_solver``.
 
     Override :meth:`configure_backbone`, :meth:`inner_loss`, :meth:`outer_loss`, :meth:`configure_metrics` or
     :meth:`configure_optimizers` to change one thing.
@@ -101,6 +103,7 @@ class IMAMLModule(OuterStep):
         compile: bool = False,
         solve_precision: Literal["full", "trainer"] = "full",
         on_bad_task: Literal["raise", "skip"] = "raise",
+        eval_inner_solver: InnerSolver | None = None,
     ) -> None:
         super().__init__(
             gradient_clip_val, gradient_clip_algorithm, accumulate_meta_batches, lr_scheduler_monitor, on_bad_task
@@ -108,7 +111,7 @@ class IMAMLModule(OuterStep):
         if chunk_size is not None:
             require_positive("chunk_size", chunk_size)
         require_choice("solve_precision", solve_precision, ("full", "trainer"))
-        for name in ("loss", "inner_solver", "estimator", "regularizer"):
+        for name in ("loss", "inner_solver", "eval_inner_solver", "estimator", "regularizer"):
             if hasattr(type(self), name):
                 raise TypeError(
                     f"{name} must be an argument of super().__init__, which would hide one of the class; found "
@@ -120,6 +123,7 @@ class IMAMLModule(OuterStep):
         self.save_hyperparameters(ignore=code)
         self.loss = loss
         self.inner_solver = inner_solver
+        self.eval_inner_solver = eval_inner_solver
         self.estimator = estimator
         self.regularizer = regularizer
         self.optimizer_factory = optimizer
@@ -247,7 +251,8 @@ class IMAMLModule(OuterStep):
     def adapt(self, support_inputs: Any, support_targets: Any, *, inner_solver: InnerSolver | None = None) -> Adapted:
         """Adapt to new tasks, ``[T, n, ...]`` each; see :func:`lightning_imaml.functional.adapt`."""
         self._build()
-        return functional.adapt(self.backbone, support_inputs, support_targets, **self.solve_settings(inner_solver))
+        settings = self.solve_settings(inner_solver or self.eval_inner_solver)
+        return functional.adapt(self.backbone, support_inputs, support_targets, **settings)
 
     def meta_gradient(
         self,

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_imaml import Episode, IMAMLModule
 from lightning_imaml.callbacks import LiveTensorBytes
+from lightning_imaml.callbacks.protocol import Protocol
 from lightning_imaml.functional import adapt, predict
 from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov, TorchOptimizer
 from lightning_imaml.meta_gradients import Implicit, Unrolled
@@ -118,6 +119,36 @@ def test_predict_returns_each_tasks_query_predictions():
         adapted = adapt(model.backbone, tasks.support_inputs, tasks.support_targets, **settings)
         torch.testing.assert_close(outputs, predict(model.backbone, adapted.parameters, tasks.query_inputs))
         assert outputs.shape == (3, 6, 3)
+
+
+def test_evaluation_may_have_a_solver_of_its_own():
+    of_evaluation = GradientDescent(0.2, 9)
+    model, plain = module(eval_inner_solver=of_evaluation), module(inner_solver=of_evaluation)
+    (found,), (expected,) = (trainer().test(m, loader(), verbose=False) for m in (model, plain))
+    assert found == expected != trainer().test(module(), loader(), verbose=False)[0]
+    for one, other in zip(trainer().predict(model, loader()), trainer().predict(plain, loader()), strict=True):
+        torch.testing.assert_close(one, other)
+    assert "9 inner steps" in str(Protocol.of(model, episode()))
+
+
+def test_a_solver_of_evaluation_does_not_train():
+    found, expected, other = (
+        m.meta_gradient(episode()).loss
+        for m in (module(eval_inner_solver=GradientDescent(0.2, 9)), module(), module(9))
+    )
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, other)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_solver_of_evaluation_takes_the_learned_step_sizes_if_it_learns(learned):
+    trained, of_evaluation = GradientDescent(0.1, 3, learned=True), GradientDescent(0.2, 3, learned=learned)
+    model = module(inner_solver=trained, eval_inner_solver=of_evaluation)
+    support = episode().support_inputs, episode().support_targets
+    found = model.adapt(*support).parameters
+    expected = model.adapt(*support, inner_solver=trained if learned else GradientDescent(0.2, 3)).parameters
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
 
 
 class TwoHeads(nn.Module):

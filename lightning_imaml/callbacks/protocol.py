@@ -24,7 +24,7 @@ class Protocol:
         support: samples of a class in the support set, or of a task for regression.
         query: samples of a class in the query set, or of a task for regression.
         ways: classes a task; None for regression.
-        inner_steps: the most inner steps; None for a solver that does not say.
+        inner_steps: the most inner steps in evaluation; None for a solver that does not say.
         batch_statistics: whether a BatchNorm layer normalises by the statistics of the batch at test time. Predictions
             then depend on the whole query set: the transductive protocol. All other norms are inductive.
         support_statistics: whether a layer normalises by the statistics of the support set.
@@ -48,7 +48,7 @@ class Protocol:
             support=(support, support),
             query=(query, query),
             ways=(ways, ways) if classes else None,
-            inner_steps=getattr(module.inner_solver, "steps", None),
+            inner_steps=getattr(module.eval_inner_solver or module.inner_solver, "steps", None),
             batch_statistics=any(
                 isinstance(layer, _BatchNorm) and layer.running_mean is None for layer in module.backbone.modules()
             ),

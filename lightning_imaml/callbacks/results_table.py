@@ -20,7 +20,7 @@ from lightning_imaml.functional import adapt, predict
 from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95
 
 # Without "backbone": configure_model may build it after the callbacks' setup.
-_NEEDED = ("inner_solver", "solve_settings", "chunk_size")
+_NEEDED = ("eval_inner_solver", "solve_settings", "chunk_size")
 
 
 @dataclass
@@ -123,7 +123,7 @@ class ResultsTable(Callback):
                 episode.support_inputs,
                 episode.support_targets,
                 # Not compiled, which would take longer than the few tasks of a test.
-                **pl_module.solve_settings() | {"compile": False},
+                **pl_module.solve_settings(pl_module.eval_inner_solver) | {"compile": False},
             )
         except FloatingPointError:
             # The learned network is tested all the same.

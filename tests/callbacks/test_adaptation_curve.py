@@ -60,6 +60,13 @@ def test_each_point_is_a_test_with_so_many_steps(tmp_path):
     assert (tmp_path / "adaptation_curve.png").stat().st_size > 5000
 
 
+def test_the_solver_of_evaluation_is_the_one_to_vary(tmp_path):
+    model = module(eval_inner_solver=GradientDescent(0.1, 3))
+    (found,) = trainer(tmp_path, AdaptationCurve()).test(model, loader(), verbose=False)
+    assert [int(row["inner_steps"]) for row in rows(tmp_path)] == [0, 1, 2, 3, 4, 8]
+    assert found["test/accuracy_at_3_steps"] == pytest.approx(found["test/accuracy"])
+
+
 def test_it_changes_no_result_and_logs_its_own(tmp_path):
     (without,) = trainer(tmp_path).test(module(), loader(), verbose=False)
     (found,) = trainer(tmp_path, AdaptationCurve([4, 9])).test(module(), loader(), verbose=False)

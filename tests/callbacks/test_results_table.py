@@ -91,8 +91,11 @@ def percent(metric):
     return f"{100 * float(metric):.2f}"
 
 
-def test_a_test_prints_accuracy_before_and_after_and_the_baseline(tmp_path, capsys):
-    trainer, model = trainer_with(tmp_path, ResultsTable(seed=5)), module()
+@pytest.mark.parametrize(
+    "solvers", [{}, {"inner_solver": GradientDescent(lr=0.5, steps=1), "eval_inner_solver": SOLVER}]
+)
+def test_a_test_prints_accuracy_before_and_after_and_the_baseline(tmp_path, capsys, solvers):
+    trainer, model = trainer_with(tmp_path, ResultsTable(seed=5)), module(**solvers)
     trainer.test(model, loader(), verbose=False)
     printed = capsys.readouterr().out
     metrics = trainer.callback_metrics
