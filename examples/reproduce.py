@@ -27,6 +27,7 @@ import torch
 from _progress import Progress, minutes
 from _results import DATASETS, METHODS, Row, add_row, model_card, redraw
 from _tables import save
+from filelock import FileLock
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -58,6 +59,7 @@ class Run:
         variant: names what was added to the configurations of the table; empty for nothing.
         output: the folder of results, tables and weights.
         logs: the folder of checkpoints and logs.
+        start: a checkpoint whose weights training begins with; None for random ones.
     """
 
     table: int
@@ -73,6 +75,7 @@ class Run:
     variant: str = ""
     output: Path = ROOT / "docs" / "results"
     logs: Path = Path("logs") / "reproduce"
+    start: Path | None = None
 
     @property
     def name(self) -> str:
@@ -111,6 +114,8 @@ def train(run: Run) -> LightningCLI:
             "--seed_everything", str(run.seed), "--data.seed", str(run.seed),
             "--trainer.max_time", f"{hours // 24:02}:{hours % 24:02}:{seconds // 60:02}:{seconds % 60:02}",
             "--trainer.callbacks+", "_progress.Progress",
+            *(["--trainer.callbacks+", "_start.StartFrom", "--trainer.callbacks.checkpoint", str(run.start)]
+              if run.start else []),
             *(["--ckpt_path", str(resume)] if resume.is_file() else []),
         ]
     )  # fmt: skip
@@ -139,14 +144,15 @@ def reproduce(run: Run) -> Row:
         "protocol": protocol(run, tested),
     }  # fmt: skip
     keep_curves(run, trainer.log_dir, next(c for c in trainer.callbacks if isinstance(c, Progress)))
-    add_row(row, run.output / "results.csv")
     configs = [path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name for path in run.configs]
     command = " ".join(
         ["lightning-imaml test", *(f"--config {path}" for path in configs), *(["--data.root PATH"] if run.root else []),
          f"--data.test_tasks {run.tasks}", f"--ckpt_path docs/results/weights/{run.weights.name}"]
     )  # fmt: skip
     run.weights.with_suffix(".md").write_text(model_card(row, run.weights, command))
-    redraw(run.output)
+    with FileLock(run.logs / "results.lock"):  # Several methods may be measured at a time.
+        add_row(row, run.output / "results.csv")
+        redraw(run.output)
     return row
 
 
@@ -160,8 +166,9 @@ def protocol(run: Run, tested: LightningCLI) -> str:
         f"{data.hparams['tasks_per_batch']}, on {len(members)} classes of "
         f"{statistics.median(map(len, members.values())):.0f} images"
     )
+    start = "" if run.start is None else f", beginning with {run.start.name}"
     device = "" if tested.model.device.type == "cpu" else f"; tested on {tested.model.device.type}"
-    return f"{of_test}; {of_training}{device}; {' + '.join(path.stem for path in run.configs)}"
+    return f"{of_test}; {of_training}{start}{device}; {' + '.join(path.stem for path in run.configs)}"
 
 
 def keep_curves(run: Run, log_dir: str | None, progress: Progress) -> None:
@@ -201,6 +208,9 @@ def main(args: list[str] | None = None) -> Row:
     parser.add_argument(
         "--config", type=Path, help="one more difference to the configurations, whose name is kept: put it in configs/"
     )
+    parser.add_argument(
+        "--start", type=Path, metavar="CHECKPOINT", help="begin with these weights, such as docs/results/weights/*.ckpt"
+    )
     parser.add_argument("--tasks", type=int, default=1000, help="test tasks, 600 or more")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Run.output)
@@ -218,7 +228,7 @@ def main(args: list[str] | None = None) -> Row:
             options.table, DATASETS[options.table], options.method, *setting,
             [*configurations(options.table, options.method, *setting), *extra], options.budget, options.root,
             options.seed, options.tasks, "" if options.config is None else options.config.stem, options.output,
-            options.logs,
+            options.logs, options.start,
         )
     )  # fmt: skip
     rank_zero_info(f"{row['accuracy']:.2f} ± {row['interval95']:.2f} % after {row['meta_steps']} meta-steps")
