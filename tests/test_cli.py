@@ -221,6 +221,7 @@ CHANGES = [
     "--model.init_args.regularizer.init_args.bounds", "[0.01, 10.0]",
     "--model.init_args.regularizer_lr", "0.5",
     "--model.init_args.inner_solver_lr", "0.25",
+    "--model.init_args.eval_inner_solver", "lightning_imaml.inner.HessianFree",
     "--model.init_args.adapt_only", '["classifier.*"]',
     "--model.init_args.lr_scheduler", "torch.optim.lr_scheduler.StepLR",
     "--model.init_args.lr_scheduler.init_args.step_size", "3",

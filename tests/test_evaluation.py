@@ -101,7 +101,8 @@ def peak(steps: int, batches: int, **settings) -> int:
 @pytest.mark.parametrize("estimator", [Implicit(), Unrolled()], ids=repr)
 def test_memory_grows_neither_with_inner_steps_nor_with_batches(estimator):
     least = peak(2, 2, estimator=estimator)
-    assert peak(40, 2, estimator=estimator) == least
+    # When the garbage collector runs is worth some scalars; a step that is kept would hold 1,956 bytes at least.
+    assert peak(40, 2, estimator=estimator) <= least + 256
     assert peak(2, 20, estimator=estimator) <= least + 2048  # Eighteen more batches: losses of 3 tasks, if they leaked.
 
 

@@ -126,6 +126,7 @@ def test_the_protocol_says_whether_queries_depend_on_each_other(name, norm):
     class Module:
         backbone = model
         inner_solver = GradientDescent(0.1, 3)
+        eval_inner_solver = None
 
     words = str(Protocol.of(Module, class_episode(ways=WAYS)))
     inductive = "support statistics (inductive)" if norm == "support" else "3 inner steps, inductive"

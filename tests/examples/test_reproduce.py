@@ -6,7 +6,6 @@ import csv
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -177,28 +176,6 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     assert [p["minutes"] for p in progress.points] == sorted(p["minutes"] for p in progress.points)
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
-@pytest.mark.filterwarnings("ignore:(?s)Be aware that when using `ckpt_path`, callbacks used to create")
-def test_it_begins_with_the_weights_of_another(tmp_path):
-    def of(checkpoint):
-        return torch.load(checkpoint, weights_only=True)["state_dict"]
-
-    first = run(tmp_path / "first", epochs=1)
-    reproduce.reproduce(first)
-    still = {"model": {"init_args": {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}}}}
-    second = run(tmp_path / "second", epochs=1, start=first.weights)
-    (tmp_path / "second" / "still.yaml").write_text(yaml.safe_dump(still))
-    second = replace(second, configs=[*second.configs, tmp_path / "second" / "still.yaml"], seed=1)
-    row = reproduce.reproduce(second)
-    assert f", beginning with {first.weights.name}; " in row["protocol"]
-    for name, value in of(first.weights).items():
-        torch.testing.assert_close(of(second.weights)[name], value, rtol=0, atol=0, msg=name)
-
-    (tmp_path / "second" / "epochs.yaml").write_text(yaml.safe_dump({"trainer": {"max_epochs": 2}}))
-    first.weights.unlink()
-    assert reproduce.train(second).trainer.global_step == 2, "what goes on has its own weights"
-
-
 def test_the_minutes_of_earlier_calls_count(tmp_path, monkeypatch):
     plan = run(tmp_path, epochs=1)
     reproduce.train(plan)
@@ -345,9 +322,13 @@ def test_the_papers_own_settings(file, ways, solver, capsys):
     assert settings["backbone"]["init_args"]["ways"] == ways
 
 
-@pytest.mark.parametrize("method", ["imaml_gd", "maml"])
-def test_the_settings_of_long_trainings_keep_a_moving_average(method, capsys):
-    tuned = reproduce.CONFIGS / "tuned" / f"omniglot_{method}_long.yaml"
+@pytest.mark.parametrize(
+    ("method", "tuned"),
+    [("imaml_gd", "averaged"), ("imaml_gd", "imaml_gd_augmented"), ("imaml_gd", "imaml_gd_5shot"), ("fomaml", "ema"),
+     ("maml", "maml_long")],
+)  # fmt: skip
+def test_the_settings_of_long_trainings_keep_a_moving_average(method, tuned, capsys):
+    tuned = reproduce.CONFIGS / "tuned" / f"omniglot_{tuned}.yaml"
     configs = [*reproduce.configurations(2, method, 5, 1), tuned]
     with pytest.raises(SystemExit):
         cli.run(["fit", *(text for path in configs for text in ("--config", str(path))), "--print_config"])

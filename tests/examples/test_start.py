@@ -1,0 +1,35 @@
+"""Tables 2 and 3: a training that begins with the weights of another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import reproduce
+import torch
+import yaml
+from test_reproduce import pytestmark, run
+
+__all__ = ["pytestmark"]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.filterwarnings("ignore:(?s)Be aware that when using `ckpt_path`, callbacks used to create")
+def test_it_begins_with_the_weights_of_another(tmp_path):
+    def of(checkpoint):
+        return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+    first = run(tmp_path / "first", epochs=1)
+    reproduce.reproduce(first)
+    still = {"model": {"init_args": {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}}}}
+    second = run(tmp_path / "second", epochs=1, start=first.weights)
+    (tmp_path / "second" / "still.yaml").write_text(yaml.safe_dump(still))
+    second = replace(second, configs=[*second.configs, tmp_path / "second" / "still.yaml"], seed=1)
+    row = reproduce.reproduce(second)
+    assert f", beginning with {first.weights.name}; " in row["protocol"]
+    for name, value in of(first.weights).items():
+        torch.testing.assert_close(of(second.weights)[name], value, rtol=0, atol=0, msg=name)
+
+    (tmp_path / "second" / "epochs.yaml").write_text(yaml.safe_dump({"trainer": {"max_epochs": 2}}))
+    first.weights.unlink()
+    assert reproduce.train(second).trainer.global_step == 2, "what goes on has its own weights"
