@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from lightning_imaml import functional
-from lightning_imaml.callbacks.interface import require_interface
+from lightning_imaml.callbacks.interface import evaluation_solver, require_interface
 from lightning_imaml.episodes import Episode
 from lightning_imaml.metrics import EpisodicAccuracy, TaskMean, is_classification
 
@@ -50,7 +50,7 @@ class AdaptationCurve(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that the module can adapt with another number of steps."""
         require_interface(self, pl_module, ("inner_solver", "eval_inner_solver", "adapt", "outer_loss"))
-        solver = _solver(pl_module)
+        solver = evaluation_solver(pl_module)
         if "steps" not in getattr(solver, "__dataclass_fields__", {}):
             raise TypeError(
                 f"AdaptationCurve: inner_solver, or eval_inner_solver where there is one, must be a dataclass with a "
@@ -65,7 +65,7 @@ class AdaptationCurve(Callback):
                 f"AdaptationCurve: a test must have one dataloader, since there is one curve; found {loaders}. Test "
                 "them one after the other."
             )
-        of_solver: int = _solver(pl_module).steps
+        of_solver: int = evaluation_solver(pl_module).steps
         powers = [2**k for k in range(16) if 2**k <= 4 * of_solver]
         numbers = {0, of_solver, *powers} if self.steps is None else set(self.steps)
         point = MetricCollection({"mean": TaskMean(), "interval95": TaskMean(interval95=True)}).to(pl_module.device)
@@ -89,7 +89,7 @@ class AdaptationCurve(Callback):
     def _judge(self, module: Any, episode: Episode, steps: int) -> Tensor:
         """Every task's accuracy or loss: ``[T]``."""
         if steps:
-            solver = dataclasses.replace(_solver(module), steps=steps)
+            solver = dataclasses.replace(evaluation_solver(module), steps=steps)
             try:
                 adapted = module.adapt(episode.support_inputs, episode.support_targets, inner_solver=solver)
             except FloatingPointError:
@@ -128,11 +128,6 @@ class AdaptationCurve(Callback):
             writer.writerows(points)
         trained: int = pl_module.inner_solver.steps  # type: ignore[union-attr,assignment]
         draw_curve(points, self._quantity, trained).savefig(folder / "adaptation_curve.png", dpi=120)
-
-
-def _solver(module: Any) -> Any:
-    """What adapts in a test."""
-    return module.eval_inner_solver or module.inner_solver
 
 
 def draw_curve(points: list[Any], quantity: str, trained: int) -> Figure:

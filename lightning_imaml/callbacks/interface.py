@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import LightningModule
 
 
@@ -18,3 +20,8 @@ def require_interface(callback: object, module: LightningModule, names: tuple[st
             f"{type(module).__name__}, which lacks {', '.join(missing)}. "
             "Subclass lightning_imaml.IMAMLModule, or remove the callback."
         )
+
+
+def evaluation_solver(module: Any) -> Any:
+    """The inner solver that adapts in evaluation."""
+    return module.eval_inner_solver or module.inner_solver

@@ -9,6 +9,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from lightning_imaml.callbacks.interface import evaluation_solver
 from lightning_imaml.episodes import Episode
 from lightning_imaml.support_set import reads_support
 
@@ -48,7 +49,7 @@ class Protocol:
             support=(support, support),
             query=(query, query),
             ways=(ways, ways) if classes else None,
-            inner_steps=getattr(module.eval_inner_solver or module.inner_solver, "steps", None),
+            inner_steps=getattr(evaluation_solver(module), "steps", None),
             batch_statistics=any(
                 isinstance(layer, _BatchNorm) and layer.running_mean is None for layer in module.backbone.modules()
             ),
