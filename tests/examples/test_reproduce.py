@@ -322,21 +322,18 @@ def test_the_papers_own_settings(file, ways, solver, capsys):
     assert settings["backbone"]["init_args"]["ways"] == ways
 
 
-@pytest.mark.parametrize(
-    ("method", "tuned"),
-    [("imaml_gd", "averaged"), ("imaml_gd", "imaml_gd_augmented"), ("imaml_gd", "imaml_gd_5shot"), ("fomaml", "ema"),
-     ("maml", "maml_long")],
-)  # fmt: skip
-def test_the_settings_of_long_trainings_keep_a_moving_average(method, tuned, capsys):
-    tuned = reproduce.CONFIGS / "tuned" / f"omniglot_{tuned}.yaml"
-    configs = [*reproduce.configurations(2, method, 5, 1), tuned]
+@pytest.mark.parametrize("tuned", sorted((reproduce.CONFIGS / "tuned").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_settings_of_long_trainings_keep_a_moving_average(tuned, capsys):
+    table, ways = 3 if "mini_imagenet" in tuned.stem else 2, 20 if "20way" in tuned.stem else 5
+    method = next((name for name in _results.METHODS if name in tuned.stem), "maml")
+    configs = [*reproduce.configurations(table, method, ways, 1), tuned]
     with pytest.raises(SystemExit):
         cli.run(["fit", *(text for path in configs for text in ("--config", str(path))), "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
     callbacks = [callback["class_path"].rpartition(".")[2] for callback in printed["trainer"]["callbacks"]]
     assert callbacks.count("ModelCheckpoint") == 2, "those of the plain configuration stay"
     assert callbacks[-1] == "EMAWeightAveraging"
-    assert printed["data"]["init_args"]["eval_queries"] == 1
+    assert printed["data"]["init_args"]["eval_queries"] == (1 if table == 2 else 15)
 
 
 def test_cards_of_published_weights_name_their_configurations():

@@ -33,3 +33,29 @@ def test_it_begins_with_the_weights_of_another(tmp_path):
     (tmp_path / "second" / "epochs.yaml").write_text(yaml.safe_dump({"trainer": {"max_epochs": 2}}))
     first.weights.unlink()
     assert reproduce.train(second).trainer.global_step == 2, "what goes on has its own weights"
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_head_for_other_ways_begins_with_the_mean_class(tmp_path):
+    first = run(tmp_path / "first", epochs=1)
+    reproduce.reproduce(first)
+    old = torch.load(first.weights, weights_only=True)["state_dict"]
+    still = {
+        "model": {
+            "init_args": {
+                "backbone": {"init_args": {"ways": 3}},
+                "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}},
+            }
+        },
+        "data": {"init_args": {"ways": 3}},
+    }
+    second = run(tmp_path / "second", epochs=1, start=first.weights)
+    (tmp_path / "second" / "still.yaml").write_text(yaml.safe_dump(still))
+    second = replace(second, ways=3, configs=[*second.configs, tmp_path / "second" / "still.yaml"], seed=1)
+    reproduce.reproduce(second)
+    new = torch.load(second.weights, weights_only=True)["state_dict"]
+    heads = {name for name, value in new.items() if value.shape != old[name].shape}
+    assert heads and all(len(new[name]) == 3 for name in heads)
+    for name, value in new.items():
+        expected = old[name].numpy().mean(0)[None].repeat(3, 0) if name in heads else old[name].numpy()
+        torch.testing.assert_close(value, torch.as_tensor(expected), rtol=1e-6, atol=1e-8, msg=name)
