@@ -209,7 +209,9 @@ def main(args: list[str] | None = None) -> Row:
         "--config", type=Path, help="one more difference to the configurations, whose name is kept: put it in configs/"
     )
     parser.add_argument(
-        "--start", type=Path, metavar="CHECKPOINT",
+        "--start",
+        type=Path,
+        metavar="CHECKPOINT",
         help="begin with these weights, such as docs/results/weights/*.ckpt; of any number of ways",
     )
     parser.add_argument("--tasks", type=int, default=1000, help="test tasks, 600 or more")

@@ -55,7 +55,8 @@ def test_a_head_for_other_ways_begins_with_the_mean_class(tmp_path):
     reproduce.reproduce(second)
     new = torch.load(second.weights, weights_only=True)["state_dict"]
     heads = {name for name, value in new.items() if value.shape != old[name].shape}
-    assert heads and all(len(new[name]) == 3 for name in heads)
+    assert heads
+    assert all(len(new[name]) == 3 for name in heads)
     for name, value in new.items():
         expected = old[name].numpy().mean(0)[None].repeat(3, 0) if name in heads else old[name].numpy()
         torch.testing.assert_close(value, torch.as_tensor(expected), rtol=1e-6, atol=1e-8, msg=name)
