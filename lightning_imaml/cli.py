@@ -9,9 +9,11 @@ import re
 import warnings
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, loggers
 from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
 
 # Importing the families registers their members, so that configurations can name them without their module.
 from lightning_imaml import callbacks, curvature, data, inner, linear, meta_gradients, models, regularizers
@@ -89,13 +91,38 @@ def _parameters(called: Any) -> list[str]:
     return names
 
 
+class CommandLine(LightningCLI):
+    """LightningCLI, which says which of the given settings a checkpoint's own have replaced."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Keep what is given, too."""
+        super().parse_arguments(parser, args)
+        self._args = args
+
+    def before_instantiate_classes(self) -> None:
+        """Warn of given settings of the module that lost."""
+        if self.subcommand is None or not self.config[self.subcommand].get("ckpt_path"):
+            return
+        parse = self.parser.parse_object if isinstance(self._args, dict | Namespace) else self.parser.parse_args
+        given = parse(self._args, defaults=False)[self.subcommand].get("model", Namespace())
+        used = self.config[self.subcommand].model
+        lost = [
+            f"{name}={value!r} (there {used.get(name)!r})" for name, value in given.items() if used.get(name) != value
+        ]
+        if lost:
+            rank_zero_warn(
+                f"the checkpoint's own settings of the module replace those given: {', '.join(lost)}. "
+                "For other settings with its weights, use IMAMLModule.load_from_checkpoint(PATH, NAME=VALUE) in Python."
+            )
+
+
 def run(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
     """Run the command line in this process.
 
     With ``--ckpt_path``, the checkpoint's own settings of the module win over the command line's, as in any
-    LightningCLI. Checkpoints are written by :class:`~lightning_imaml.checkpoints.AtomicCheckpointIO`, unless
-    ``--trainer.plugins`` names others. To keep what ``predict`` returns, add a
-    ``lightning.pytorch.callbacks.BasePredictionWriter``.
+    LightningCLI; a warning names those that lost. Checkpoints are written by
+    :class:`~lightning_imaml.checkpoints.AtomicCheckpointIO`, unless ``--trainer.plugins`` names others. To keep what
+    ``predict`` returns, add a ``lightning.pytorch.callbacks.BasePredictionWriter``.
 
     Args:
         args: arguments as on the command line; None takes the process's own.
@@ -107,7 +134,7 @@ def run(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Scripts pass their own options on in ``args``, and mean it.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended.*")
-    return LightningCLI(
+    return CommandLine(
         IMAMLModule,
         LightningDataModule,
         subclass_mode_model=True,

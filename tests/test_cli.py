@@ -13,6 +13,7 @@ import yaml
 
 from lightning_imaml import IMAMLModule, cli
 from lightning_imaml.checkpoints import AtomicCheckpointIO
+from lightning_imaml.inner import GradientDescent
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
@@ -76,6 +77,19 @@ def test_fit_test_and_predict_leave_a_picture_a_table_and_a_checkpoint(small, tm
     cli.run(["predict", *small, "--ckpt_path", best])
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     assert saved["model"]["init_args"]["inner_solver"]["init_args"] == {"lr": 0.3, "steps": 2, "tol": 0.0, **FIXED}
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_given_settings_that_a_checkpoint_replaces_are_named(small):
+    fitted = cli.run(["fit", *small])
+    best = fitted.trainer.checkpoint_callback.best_model_path
+    steps = ["--model.inner_solver.init_args.steps", "7"]
+    with pytest.warns(UserWarning, match=r"replace those given: [\w.]*steps=7 \(there 2\)\. For other settings"):
+        tested = cli.run(["test", *small, *steps, "--ckpt_path", best])
+    assert tested.model.inner_solver.steps == 2
+    loaded = IMAMLModule.load_from_checkpoint(best, inner_solver=GradientDescent(lr=0.3, steps=7))
+    assert loaded.inner_solver.steps == 7
+    cli.run(["test", *small, "--ckpt_path", best])  # Nothing to warn of: warnings are errors in these tests.
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
