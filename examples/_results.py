@@ -116,6 +116,7 @@ def draw(curves: list[list[dict[str, str]]]) -> Figure:
     figure = Figure(figsize=(10, 3.6 * len(settings)), layout="constrained")
     panels = figure.subplots(len(settings), 2, squeeze=False, sharey="row")
     for (dataset, ways, shots), (left, right) in zip(settings, panels, strict=True):
+        drawn: list[str] = []
         for curve in curves:
             run = curve[0]
             if (run["dataset"], int(run["ways"]), int(run["shots"])) != (dataset, ways, shots):
@@ -124,7 +125,8 @@ def draw(curves: list[list[dict[str, str]]]) -> Figure:
             label += f", seed {run['seed']}" if run["seed"] != "0" else ""
             means, widths = ([float(point[key]) for point in curve] for key in ("accuracy", "interval95"))
             colour = f"C{list(METHODS).index(run['method'])}" if run["method"] in METHODS else None
-            style = "--" if run["variant"] else "-"
+            style = ("-", "--", ":", "-.")[drawn.count(run["method"]) % 4]
+            drawn.append(run["method"])
             for axes, key in ((left, "meta_steps"), (right, "minutes")):
                 where = [float(point[key]) for point in curve]
                 (line,) = axes.plot(where, means, style, color=colour, marker="o", markersize=3, label=label)
