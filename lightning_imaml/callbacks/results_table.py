@@ -29,6 +29,7 @@ class _Tested:
 
     protocol: Protocol | None = None
     tasks: int = 0
+    baseline_tasks: int = 0
     diverged: bool = False
     accuracy: EpisodicAccuracy = field(default_factory=EpisodicAccuracy)
     interval: EpisodicInterval95 = field(default_factory=EpisodicInterval95)
@@ -52,14 +53,22 @@ class ResultsTable(Callback):
     Args:
         baseline: whether to test the network with random weights; it takes as long as the test itself.
         seed: of the random weights.
+        baseline_tasks: about how many tasks of a test that network gets, the first ones; None for all.
 
     Raises:
+        ValueError: if ``baseline_tasks`` is below 1.
         TypeError: in ``setup``, if the module lacks what the baseline needs.
     """
 
-    def __init__(self, baseline: bool = True, seed: int = 0) -> None:
+    def __init__(self, baseline: bool = True, seed: int = 0, baseline_tasks: int | None = None) -> None:
+        if baseline_tasks is not None and baseline_tasks < 1:
+            raise ValueError(
+                f"baseline_tasks must be at least 1, or None for all tasks; found {baseline_tasks}. For no baseline, "
+                "give baseline=False."
+            )
         self.baseline = baseline
         self.seed = seed
+        self.baseline_tasks = baseline_tasks
         self._network: nn.Module | None = None
         self._loaders: list[_Tested] = []
         self._note = ""
@@ -117,6 +126,10 @@ class ResultsTable(Callback):
         loader.see(pl_module, episode)
         if self._network is None or not _has_class_indices(episode):
             return
+        # Every rank has its share of them.
+        if self.baseline_tasks is not None and loader.baseline_tasks * trainer.world_size >= self.baseline_tasks:
+            return
+        loader.baseline_tasks += episode.tasks
         try:
             adapted = adapt(
                 self._network,
@@ -165,8 +178,11 @@ class ResultsTable(Callback):
             for name, value in trainer.callback_metrics.items()
             if name.startswith(f"{stage}/") and name.endswith(place)
         }
-        counted = torch.tensor([float(loader.tasks), float(loader.diverged)], device=trainer.strategy.root_device)
-        tasks, diverged = torch.as_tensor(trainer.strategy.reduce(counted, reduce_op="sum")).tolist()
+        counted = torch.tensor(
+            [float(loader.tasks), float(loader.baseline_tasks), float(loader.diverged)],
+            device=trainer.strategy.root_device,
+        )
+        tasks, of_baseline, diverged = torch.as_tensor(trainer.strategy.reduce(counted, reduce_op="sum")).tolist()
         caption, note = [f"{loader.protocol}, {tasks:.0f} tasks"], self._note
         table = Table(title=title, caption_justify="left")
         if "accuracy" not in metrics:
@@ -189,7 +205,8 @@ class ResultsTable(Callback):
                 note = "No row for random weights: their adaptation diverged"
             elif self._network is not None:
                 baseline = _percent(float(loader.accuracy.compute()), float(loader.interval.compute()))
-                table.add_row("random weights, after adaptation", baseline)
+                which = "" if of_baseline == tasks else f", {of_baseline:.0f} tasks"
+                table.add_row(f"random weights, after adaptation{which}", baseline)
             caption.append("± is the 95 % interval of the mean over tasks")
             caption += [note] if note else []
         table.caption = ".\n".join(caption) + "."

@@ -122,6 +122,20 @@ def test_a_test_prints_accuracy_before_and_after_and_the_baseline(tmp_path, caps
     assert "3-way 2-shot, 4 queries a class, 7 inner steps, inductive, 12 tasks." in words(printed)
 
 
+def test_the_baseline_can_have_the_first_tasks_alone(tmp_path, capsys):
+    trainer_with(tmp_path, ResultsTable()).test(module(), loader(batches=2), verbose=False)
+    first = cells(capsys.readouterr().out)["random weights, after adaptation"]
+    trainer_with(tmp_path, ResultsTable(baseline_tasks=5)).test(module(), loader(), verbose=False)
+    printed = capsys.readouterr().out
+    assert cells(printed)["random weights, after adaptation, 8 tasks"] == first, "whole batches: two of four tasks"
+    assert "12 tasks." in words(printed)
+
+
+def test_a_baseline_of_no_tasks_is_refused():
+    with pytest.raises(ValueError, match=r"baseline_tasks must be at least 1, .*; found 0\. .*baseline=False"):
+        ResultsTable(baseline_tasks=0)
+
+
 def test_testing_twice_counts_twice_from_zero(tmp_path, capsys):
     trainer, model = trainer_with(tmp_path, ResultsTable()), module()
     trainer.test(model, loader(), verbose=False)
