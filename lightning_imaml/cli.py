@@ -103,9 +103,11 @@ class CommandLine(LightningCLI):
         """Warn of given settings of the module that lost."""
         if self.subcommand is None or not self.config[self.subcommand].get("ckpt_path"):
             return
-        parse = self.parser.parse_object if isinstance(self._args, dict | Namespace) else self.parser.parse_args
-        given = parse(self._args, defaults=False)[self.subcommand].get("model", Namespace())
-        used = self.config[self.subcommand].model
+        if isinstance(self._args, dict | Namespace):
+            given = self.parser.parse_object(self._args, defaults=False)
+        else:
+            given = self.parser.parse_args(self._args, defaults=False)
+        given, used = given[self.subcommand].get("model", {}), self.config[self.subcommand].model
         lost = [
             f"{name}={value!r} (there {used.get(name)!r})" for name, value in given.items() if used.get(name) != value
         ]
