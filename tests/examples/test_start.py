@@ -13,18 +13,25 @@ from test_reproduce import pytestmark, run
 __all__ = ["pytestmark"]
 
 
+def of(checkpoint):
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
+def begun_with(first, folder, model=(), data=(), **changes):
+    """A run that begins with the weights of another and, at the outer rate zero, ends with them."""
+    still = {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}, **dict(model)}
+    second = run(folder, epochs=1, start=first.weights)
+    difference = {"model": {"init_args": still}, "data": {"init_args": dict(data)}}
+    (folder / "still.yaml").write_text(yaml.safe_dump(difference))
+    return replace(second, configs=[*second.configs, folder / "still.yaml"], seed=1, **changes)
+
+
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.filterwarnings("ignore:(?s)Be aware that when using `ckpt_path`, callbacks used to create")
 def test_it_begins_with_the_weights_of_another(tmp_path):
-    def of(checkpoint):
-        return torch.load(checkpoint, weights_only=True)["state_dict"]
-
     first = run(tmp_path / "first", epochs=1)
     reproduce.reproduce(first)
-    still = {"model": {"init_args": {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}}}}
-    second = run(tmp_path / "second", epochs=1, start=first.weights)
-    (tmp_path / "second" / "still.yaml").write_text(yaml.safe_dump(still))
-    second = replace(second, configs=[*second.configs, tmp_path / "second" / "still.yaml"], seed=1)
+    second = begun_with(first, tmp_path / "second")
     row = reproduce.reproduce(second)
     assert f", beginning with {first.weights.name}; " in row["protocol"]
     for name, value in of(first.weights).items():
@@ -39,21 +46,10 @@ def test_it_begins_with_the_weights_of_another(tmp_path):
 def test_a_head_for_other_ways_begins_with_the_mean_class(tmp_path):
     first = run(tmp_path / "first", epochs=1)
     reproduce.reproduce(first)
-    old = torch.load(first.weights, weights_only=True)["state_dict"]
-    still = {
-        "model": {
-            "init_args": {
-                "backbone": {"init_args": {"ways": 3}},
-                "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}},
-            }
-        },
-        "data": {"init_args": {"ways": 3}},
-    }
-    second = run(tmp_path / "second", epochs=1, start=first.weights)
-    (tmp_path / "second" / "still.yaml").write_text(yaml.safe_dump(still))
-    second = replace(second, ways=3, configs=[*second.configs, tmp_path / "second" / "still.yaml"], seed=1)
+    changes = {"model": {"backbone": {"init_args": {"ways": 3}}}, "data": {"ways": 3}}
+    second = begun_with(first, tmp_path / "second", ways=3, **changes)
     reproduce.reproduce(second)
-    new = torch.load(second.weights, weights_only=True)["state_dict"]
+    old, new = of(first.weights), of(second.weights)
     heads = {name for name, value in new.items() if value.shape != old[name].shape}
     assert heads
     assert all(len(new[name]) == 3 for name in heads)
