@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 
 import pytest
+import reproduce
 import seen_characters
-from lightning.pytorch import Trainer
+from test_reproduce import pytestmark, run
 
-from lightning_imaml import IMAMLModule
-from lightning_imaml.data import GlyphDataModule, OmniglotDataModule
-from lightning_imaml.inner import GradientDescent
-from lightning_imaml.models import Conv4
+from lightning_imaml.data import OmniglotDataModule
+
+__all__ = ["pytestmark"]
 
 
 @pytest.fixture
@@ -36,13 +36,12 @@ def test_the_shares_are_those_of_the_authors_code():
     assert seen_characters.SETS["authors' share"] == (310, 423 - 310)
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_every_set_is_tested_with_every_weights(root, tmp_path, capsys):
-    module = IMAMLModule(Conv4(5, filters=4), inner_solver=GradientDescent(lr=0.1, steps=1))
-    trainer = Trainer(logger=False, max_steps=0, accelerator="cpu", enable_progress_bar=False)
-    trainer.fit(module, GlyphDataModule(queries=1, tasks_per_batch=1, batches_per_epoch=1))
-    weights = [tmp_path / f"{name}.ckpt" for name in ("one", "two")]
-    for path in weights:
-        trainer.save_checkpoint(path)
+    plans = [run(tmp_path / name, epochs=1) for name in ("one", "two")]
+    for plan in plans:
+        reproduce.reproduce(plan)
+    weights = [plan.weights.rename(tmp_path / f"{plan.output.parent.name}.ckpt") for plan in plans]
     rows = seen_characters.main(
         ["--root", str(root), "--ckpt_path", *map(str, weights), "--tasks", "8", "--output", str(tmp_path / "rows.csv")]
     )
