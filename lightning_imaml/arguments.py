@@ -9,3 +9,9 @@ def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise a ValueError unless an argument is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; found {value!r}.")
+
+
+def require_positive(name: str, value: int | None, remedy: str = "Leave it out for the default.") -> None:
+    """Raise a ValueError unless an argument is None, its default, or at least 1."""
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be at least 1; found {value}. {remedy}")

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from torchmetrics import Metric, MetricCollection
 
 from lightning_imaml import functional
-from lightning_imaml.arguments import require_choice
+from lightning_imaml.arguments import require_choice, require_positive
 from lightning_imaml.curvature import GaussNewton
 from lightning_imaml.episodes import Episode
 from lightning_imaml.float32 import Float32Parameters, default_dtype
@@ -24,13 +24,7 @@ from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.meta_gradients import Estimator, Implicit
 from lightning_imaml.meta_steps import row_number
 from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, LoaderMetrics, is_classification
-from lightning_imaml.outer_step import (
-    OuterStep,
-    parameter_groups,
-    refuse_unreached,
-    require_positive,
-    surrogate,
-)
+from lightning_imaml.outer_step import OuterStep, parameter_groups, refuse_unreached, surrogate
 from lightning_imaml.phases import META_STEP, phase
 from lightning_imaml.regularizers import Proximal, Regularizer
 from lightning_imaml.tasks import FlatModel
@@ -108,8 +102,7 @@ class IMAMLModule(OuterStep):
         super().__init__(
             gradient_clip_val, gradient_clip_algorithm, accumulate_meta_batches, lr_scheduler_monitor, on_bad_task
         )
-        if chunk_size is not None:
-            require_positive("chunk_size", chunk_size)
+        require_positive("chunk_size", chunk_size)
         require_choice("solve_precision", solve_precision, ("full", "trainer"))
         for name in ("loss", "inner_solver", "eval_inner_solver", "estimator", "regularizer"):
             if hasattr(type(self), name):

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
 
-from lightning_imaml.arguments import require_choice
+from lightning_imaml.arguments import require_choice, require_positive
 from lightning_imaml.functional import MetaGradient
 from lightning_imaml.meta_steps import MetaSteps, begin_next_epoch, counting_callback
 from lightning_imaml.metrics import is_classification
@@ -30,12 +30,6 @@ _MOST_EMPTY_STEPS = 20
 
 def _tracks_statistics(module: nn.Module) -> bool:
     return any(isinstance(layer, _NormBase) and layer.running_mean is not None for layer in module.modules())
-
-
-def require_positive(name: str, value: int) -> None:
-    """Raise a ValueError unless an argument is at least 1."""
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1; found {value}. Leave it out for the default.")
 
 
 def parameter_groups(module: nn.Module, apart: Mapping[nn.Module, tuple[str, float]]) -> list[Any]:

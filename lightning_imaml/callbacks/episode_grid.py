@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lightning_imaml.arguments import require_positive
 from lightning_imaml.callbacks.interface import require_interface
 from lightning_imaml.episodes import Episode
 from lightning_imaml.metrics import is_classification
@@ -34,8 +35,7 @@ class EpisodeGrid(Callback):
 
     def __init__(self, tasks: int = 2, queries: int = 5) -> None:
         for name, value in (("tasks", tasks), ("queries", queries)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; found {value}. Remove the callback to switch it off.")
+            require_positive(name, value, "Remove the callback to switch it off.")
         self.tasks = tasks
         self.queries = queries
         self._folder = Path()

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils import _pytree as pytree
 
 from lightning_imaml import phases
+from lightning_imaml.arguments import require_positive
 from lightning_imaml.callbacks.interface import require_interface
 from lightning_imaml.callbacks.nested_peaks import MONITOR
 from lightning_imaml.callbacks.reference import ExactReference, MetaGradientError
@@ -67,8 +68,7 @@ class MetaGradientErrorMonitor(Callback):
         direct_limit: int = 512,
         double: bool = True,
     ) -> None:
-        if tasks < 1:
-            raise ValueError(f"tasks must be at least 1; found {tasks}. Remove the callback to switch it off.")
+        require_positive("tasks", tasks, "Remove the callback to switch it off.")
         self.every_n_steps = every_n_steps
         self.tasks = tasks
         self.reference = ExactReference(

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from lightning_imaml.arguments import require_positive
 from lightning_imaml.callbacks.baseline import reinitialised
 from lightning_imaml.callbacks.interface import require_interface
 from lightning_imaml.callbacks.protocol import Protocol
@@ -61,11 +62,7 @@ class ResultsTable(Callback):
     """
 
     def __init__(self, baseline: bool = True, seed: int = 0, baseline_tasks: int | None = None) -> None:
-        if baseline_tasks is not None and baseline_tasks < 1:
-            raise ValueError(
-                f"baseline_tasks must be at least 1, or None for all tasks; found {baseline_tasks}. For no baseline, "
-                "give baseline=False."
-            )
+        require_positive("baseline_tasks", baseline_tasks, "For no baseline, give baseline=False.")
         self.baseline = baseline
         self.seed = seed
         self.baseline_tasks = baseline_tasks

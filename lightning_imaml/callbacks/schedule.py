@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import Trainer
 
+from lightning_imaml.arguments import require_positive
 from lightning_imaml.meta_steps import row_number
 
 
@@ -22,8 +23,7 @@ class EveryNSteps:
     """
 
     def __init__(self, n: int) -> None:
-        if n < 1:
-            raise ValueError(f"every_n_steps must be at least 1; found {n}. Remove the callback to switch it off.")
+        require_positive("every_n_steps", n, "Remove the callback to switch it off.")
         self.n = n
         self._last: int | None = None
 
