@@ -6,8 +6,11 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from _tables import Row, save
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "docs" / "results" / "published.csv"
 _SAME_MODEL = ("table", "dataset", "method", "ways", "shots", "seed", "protocol", "meta_steps")
@@ -113,7 +116,7 @@ def tables(measured: list[dict[str, str]], published: list[dict[str, str]]) -> s
 def draw(curves: list[list[dict[str, str]]]) -> Figure:
     """Validation accuracy against meta-steps and minutes: a row of panels a setting, a line a run."""
     settings = sorted({(curve[0]["dataset"], int(curve[0]["ways"]), int(curve[0]["shots"])) for curve in curves})
-    figure = Figure(figsize=(10, 3.6 * len(settings)), layout="constrained")
+    figure = Figure(figsize=(14, 3.6 * len(settings)), layout="constrained")
     panels = figure.subplots(len(settings), 2, squeeze=False, sharey="row")
     for (dataset, ways, shots), (left, right) in zip(settings, panels, strict=True):
         drawn: list[str] = []
@@ -135,10 +138,20 @@ def draw(curves: list[list[dict[str, str]]]) -> Figure:
         title = f"{_TITLES.get(dataset, dataset)}, {ways}-way {shots}-shot"
         left.set(title=title, xlabel="meta-steps", ylabel="validation accuracy (%, 95 %)")
         right.set(title=title, xlabel="minutes of training")
-        left.legend(fontsize="small")
+        right.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+        if max(float(y) for line in left.lines for y in line.get_ydata()) > 90:
+            _near_100(left)
         for axes in (left, right):
             axes.grid(alpha=0.3)
     return figure
+
+
+def _near_100(axes: Axes) -> None:
+    """Accuracies on the scale of their errors' logarithms, so that 98 and 99 % are apart beside 60 %."""
+    axes.set_yscale("function", functions=(lambda y: -np.log(np.maximum(100.5 - y, 0.1)), lambda s: 100.5 - np.exp(-s)))
+    axes.yaxis.set_major_locator(FixedLocator([40, 50, 60, 70, 80, 85, 90, 92, 94, 96, 97, 98, 98.5, 99, 99.5, 100]))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def redraw(output: Path) -> None:

@@ -261,7 +261,7 @@ def test_the_curves_of_a_setting_share_their_panels():
     assert drawn == [
         [[[0, 50], [10, 90]], [[0, 60]]], [[[0, 50], [0.5, 90]], [[0, 60]]], [[[0, 70]]], [[[0, 70]]],
     ]  # fmt: skip
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["MAML", "Reptile"]
+    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["MAML", "Reptile"]
     again = _results.draw([curve("maml", 5, [50.0]), curve("maml", 5, [60.0]), curve("reptile", 5, [70.0])])
     assert [line.get_linestyle() for line in again.axes[0].lines] == ["-", "--", "-"], "runs of a method are told apart"
 
