@@ -32,6 +32,13 @@ BLOCKS = blocks(README)
 WITH_CODE = [path for path in PAGES if blocks(path.read_text())]
 
 
+def test_the_results_of_the_readme_are_the_newest():
+    rows = re.findall(r"^\| [^|]+ \| (?:here|published) \| .+ \|$", README, flags=re.MULTILINE)
+    assert len(rows) >= 6
+    tables = (ROOT / "docs" / "results" / "tables.md").read_text().splitlines()
+    assert [row for row in rows if row not in tables] == []
+
+
 def test_there_is_code_to_run():
     assert len(BLOCKS) >= 2
 
