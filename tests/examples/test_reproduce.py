@@ -308,9 +308,9 @@ def test_every_entry_of_the_tables_has_its_configuration(table, method, ways, sh
 @pytest.mark.parametrize(
     ("file", "ways", "solver"),
     [
-        ("omniglot_5way_imaml_gd", 5, {"lr": 0.1, "steps": 16}),
-        ("omniglot_20way_imaml_gd", 20, {"lr": 0.1, "steps": 25}),
-        ("omniglot_imaml_hf", 20, {"steps": 4, "cg_steps": 5}),
+        ("paper_5way_imaml_gd", 5, {"lr": 0.1, "steps": 16}),
+        ("paper_20way_imaml_gd", 20, {"lr": 0.1, "steps": 25}),
+        ("paper_imaml_hf", 20, {"steps": 4, "cg_steps": 5}),
     ],
 )
 def test_the_papers_own_settings(file, ways, solver, capsys):
