@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,7 +30,8 @@ _INTRODUCTION = """\
 Written by `examples/reproduce.py` from [results.csv](results.csv) and from [published.csv](published.csv), which names
 its sources: the paper's Table 2 was read in a public transcription of it, Table 3 as other papers quote it, and iMAML
 with gradient descent on mini-ImageNet is left out, since no source for it was at hand. Accuracies in per cent. "Here"
-is the newest row of a method and setting; all rows are listed below."""
+is the newest row of a method and setting, and one with the λ and inner steps of the paper has a line of its own; all
+rows are listed below."""
 _DIFFERENCES = """\
 ## Protocol: what differs
 
@@ -83,13 +85,16 @@ def _line(cells: Iterable[object]) -> str:
 
 
 def _comparison(measured: list[dict[str, str]], published: list[dict[str, str]]) -> list[str]:
-    """Both numbers of each method and setting; of several own rows the newest."""
+    """The numbers of each method and setting: of own rows the newest, those with the paper's own settings apart."""
     settings = _settings([*measured, *published])
     lines = [_line(["method", "", *(f"{ways}-way {shots}-shot" for ways, shots in settings)])]
     lines.append(_line(["---"] * (2 + len(settings))))
-    for method, title in METHODS.items():
-        for where, rows in (("here", measured), ("published", published)):
-            newest = {(int(row["ways"]), int(row["shots"])): row for row in rows if row["method"] == method}
+    with_papers = [row for row in measured if row["protocol"].rpartition(" + ")[2].startswith("paper_")]
+    tuned = [row for row in measured if row not in with_papers]
+    sources = (("here", tuned), ("here, the paper's settings", with_papers), ("published", published))
+    for (method, title), (where, rows) in itertools.product(METHODS.items(), sources):
+        newest = {(int(row["ways"]), int(row["shots"])): row for row in rows if row["method"] == method}
+        if newest or rows is not with_papers:
             lines.append(_line([title, where, *(_cell(newest.get(setting)) for setting in settings)]))
     return lines
 

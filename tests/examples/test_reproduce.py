@@ -241,8 +241,11 @@ def test_rows_are_added_and_a_repeated_test_replaces_its_own(tmp_path):
 
 def test_the_tables_have_both_numbers(tmp_path):
     _results.add_row(result(98.123), tmp_path / "results.csv")
+    _results.add_row(result(80.0, protocol="1 step; a + paper_some"), tmp_path / "results.csv")
     text = _results.tables(_results.read(tmp_path / "results.csv"), _results.read(_results.PUBLISHED))
     assert "| MAML | here | 98.12 ± 0.30 | – | – | – |" in text
+    assert "| MAML | here, the paper's settings | 80.00 ± 0.30 | – | – | – |" in text
+    assert text.count("the paper's settings") == 1
     assert "| MAML | published | 98.7 ± 0.4 | 99.9 ± 0.1 | 95.8 ± 0.3 | 98.9 ± 0.2 |" in text
     assert "| iMAML, Hessian-free | published | 99.50 ± 0.26 | 99.74 ± 0.11 | 96.18 ± 0.36 | 99.14 ± 0.1 |" in text
     assert "| iMAML, Hessian-free | published | 49.30 ± 1.88 |" in text
