@@ -24,6 +24,7 @@ METHODS = {
 }
 DATASETS = {2: "omniglot", 3: "mini_imagenet"}
 _TITLES = {"omniglot": "Omniglot", "mini_imagenet": "mini-ImageNet"}
+_TICKS = (20, 40, 60, 70, 80, 85, 90, 92, 94, 95, 96, 97, 98, 98.5, 99, 99.5, 100)  # %
 _INTRODUCTION = """\
 # Tables 2 and 3
 
@@ -85,16 +86,17 @@ def _line(cells: Iterable[object]) -> str:
 
 
 def _comparison(measured: list[dict[str, str]], published: list[dict[str, str]]) -> list[str]:
-    """The numbers of each method and setting: of own rows the newest, those with the paper's own settings apart."""
+    """The numbers of each method and setting: of own rows the newest, and the newest with the paper's λ and steps."""
     settings = _settings([*measured, *published])
     lines = [_line(["method", "", *(f"{ways}-way {shots}-shot" for ways, shots in settings)])]
     lines.append(_line(["---"] * (2 + len(settings))))
-    with_papers = [row for row in measured if row["protocol"].rpartition(" + ")[2].startswith("paper_")]
-    tuned = [row for row in measured if row not in with_papers]
-    sources = (("here", tuned), ("here, the paper's settings", with_papers), ("published", published))
-    for (method, title), (where, rows) in itertools.product(METHODS.items(), sources):
+    # The differences of configs/paper are called paper_...; the last name of a protocol is that of its difference.
+    of_paper = [row for row in measured if row["protocol"].rpartition(" + ")[2].startswith("paper_")]
+    others = [row for row in measured if row not in of_paper]
+    sources = {"here": others, "here, the paper's λ and steps": of_paper, "published": published}
+    for (method, title), (where, rows) in itertools.product(METHODS.items(), sources.items()):
         newest = {(int(row["ways"]), int(row["shots"])): row for row in rows if row["method"] == method}
-        if newest or rows is not with_papers:
+        if newest or where in ("here", "published"):
             lines.append(_line([title, where, *(_cell(newest.get(setting)) for setting in settings)]))
     return lines
 
@@ -144,7 +146,7 @@ def draw(curves: list[list[dict[str, str]]]) -> Figure:
         left.set(title=title, xlabel="meta-steps", ylabel="validation accuracy (%, 95 %)")
         right.set(title=title, xlabel="minutes of training")
         right.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-        if max(float(y) for line in left.lines for y in line.get_ydata()) > 90:
+        if max(float(y) for line in left.lines for y in line.get_ydata()) > 90:  # Below, a plain scale is as clear.
             _near_100(left)
         for axes in (left, right):
             axes.grid(alpha=0.3)
@@ -153,8 +155,9 @@ def draw(curves: list[list[dict[str, str]]]) -> Figure:
 
 def _near_100(axes: Axes) -> None:
     """Accuracies on the scale of their errors' logarithms, so that 98 and 99 % are apart beside 60 %."""
+    # Half a per cent is added to the errors: 100 % has its place, and intervals that reach above it are cut at 100.4.
     axes.set_yscale("function", functions=(lambda y: -np.log(np.maximum(100.5 - y, 0.1)), lambda s: 100.5 - np.exp(-s)))
-    axes.yaxis.set_major_locator(FixedLocator([40, 50, 60, 70, 80, 85, 90, 92, 94, 96, 97, 98, 98.5, 99, 99.5, 100]))
+    axes.yaxis.set_major_locator(FixedLocator(_TICKS))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
 

@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from _tables import Row, save
 from lightning.pytorch import Trainer
 
@@ -44,8 +45,6 @@ def main(args: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="the folder of the data")
     parser.add_argument("--ckpt_path", type=Path, nargs="+", required=True, help="weights that reproduce.py published")
-    parser.add_argument("--ways", type=int, default=5)
-    parser.add_argument("--shots", type=int, default=1)
     parser.add_argument("--queries", type=int, default=1, help="a class; the papers have one")
     parser.add_argument("--tasks", type=int, default=2000)
     parser.add_argument("--output", type=Path, default=Path("results/seen_characters.csv"))
@@ -55,19 +54,13 @@ def main(args: list[str] | None = None) -> list[Row]:
     rows: list[Row] = []
     for path, (name, (seen, unseen)) in itertools.product(options.ckpt_path, SETS.items()):
         module = IMAMLModule.load_from_checkpoint(path, map_location="cpu")
-        data = SomeCharacters(
-            options.root,
-            seen,
-            unseen,
-            ways=options.ways,
-            shots=options.shots,
-            queries=options.queries,
-            test_tasks=options.tasks,
-        )
+        shape = torch.load(path, weights_only=True)["lightning_imaml"]["data"] | {"queries": options.queries}
+        data = SomeCharacters(options.root, seen, unseen, test_tasks=options.tasks, **shape)
         (tested,) = trainer.test(module, datamodule=data, verbose=False)
-        row: Row = {"weights": path.stem, "characters": name, "seen": seen, "unseen": unseen, "tasks": options.tasks}
+        row: Row = {"weights": path.stem, **shape, "tasks": options.tasks}
+        row |= {"characters": name, "seen": seen, "unseen": unseen}
         row |= {key: round(100 * tested[f"test/{key}"], 4) for key in ("accuracy", "accuracy_interval95")}
-        print("{weights}: {accuracy:.2f} ± {accuracy_interval95:.2f} %, {seen} + {unseen} characters".format(**row))
+        print("{weights}, {characters}: {accuracy:.2f} ± {accuracy_interval95:.2f} %".format(**row))
         rows.append(row)
     save(rows, options.output)
     return rows

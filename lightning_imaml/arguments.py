@@ -11,7 +11,7 @@ def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; found {value!r}.")
 
 
-def require_positive(name: str, value: int | None, remedy: str = "Leave it out for the default.") -> None:
-    """Raise a ValueError unless an argument is None, its default, or at least 1."""
-    if value is not None and value < 1:
+def require_at_least_one(name: str, value: int, remedy: str) -> None:
+    """Raise a ValueError unless an argument is at least 1."""
+    if value < 1:
         raise ValueError(f"{name} must be at least 1; found {value}. {remedy}")

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from lightning_imaml import bad_tasks
-from lightning_imaml.arguments import require_positive
 from lightning_imaml.attention import plain_attention
 from lightning_imaml.chunks import default_chunk_size
 from lightning_imaml.episodes import Episode
@@ -21,7 +20,7 @@ from lightning_imaml.linear import LinearSolution
 from lightning_imaml.meta_gradients import Estimator, Implicit
 from lightning_imaml.meta_gradients.base import Estimate
 from lightning_imaml.phases import INNER_LOOP, phase
-from lightning_imaml.preparation import classes_of, precision, prepare
+from lightning_imaml.preparation import check_chunk_size, classes_of, precision, prepare
 from lightning_imaml.regularizers import Proximal, Regularizer
 from lightning_imaml.support_set import joined
 from lightning_imaml.tasks import FlatModel, LossFunction, TaskLoss
@@ -168,7 +167,7 @@ def predict(
         ValueError: the inputs are of more or fewer tasks than the parameters; or the network needs the support inputs,
             and they are lacking or do not fit.
     """
-    require_positive("chunk_size", chunk_size)
+    check_chunk_size(chunk_size)
     _require_same_tasks(parameters, "inputs", inputs)
     flat = _of_adapted(model, parameters)
     rows = flat.flatten(parameters)

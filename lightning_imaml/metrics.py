@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from lightning_imaml.arguments import require_positive
+from lightning_imaml.arguments import require_at_least_one
 
 _instances = count()
 
@@ -174,7 +174,7 @@ class EpisodicCalibrationError(EpisodicMean):
 
     def __init__(self, bins: int = 15, interval95: bool = False, **kwargs: Any) -> None:
         super().__init__(interval95, **kwargs)
-        require_positive("bins", bins, "Guo et al. have 15.")
+        require_at_least_one("bins", bins, "Guo et al. have 15.")
         self.bins = bins
 
     def of_tasks(self, outputs: Any, targets: Any) -> Tensor:

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from torchmetrics import Metric, MetricCollection
 
 from lightning_imaml import functional
-from lightning_imaml.arguments import require_choice, require_positive
+from lightning_imaml.arguments import require_choice
 from lightning_imaml.curvature import GaussNewton
 from lightning_imaml.episodes import Episode
 from lightning_imaml.float32 import Float32Parameters, default_dtype
@@ -26,6 +26,7 @@ from lightning_imaml.meta_steps import row_number
 from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, LoaderMetrics, is_classification
 from lightning_imaml.outer_step import OuterStep, parameter_groups, refuse_unreached, surrogate
 from lightning_imaml.phases import META_STEP, phase
+from lightning_imaml.preparation import check_chunk_size
 from lightning_imaml.regularizers import Proximal, Regularizer
 from lightning_imaml.tasks import FlatModel
 
@@ -102,7 +103,7 @@ class IMAMLModule(OuterStep):
         super().__init__(
             gradient_clip_val, gradient_clip_algorithm, accumulate_meta_batches, lr_scheduler_monitor, on_bad_task
         )
-        require_positive("chunk_size", chunk_size)
+        check_chunk_size(chunk_size)
         require_choice("solve_precision", solve_precision, ("full", "trainer"))
         for name in ("loss", "inner_solver", "eval_inner_solver", "estimator", "regularizer"):
             if hasattr(type(self), name):

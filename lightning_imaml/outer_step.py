@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
 
-from lightning_imaml.arguments import require_choice, require_positive
+from lightning_imaml.arguments import require_at_least_one, require_choice
 from lightning_imaml.functional import MetaGradient
 from lightning_imaml.meta_steps import MetaSteps, begin_next_epoch, counting_callback
 from lightning_imaml.metrics import is_classification
@@ -121,7 +121,7 @@ class OuterStep(OuterState):
         on_bad_task: Literal["raise", "skip"],
     ) -> None:
         super().__init__()
-        require_positive("accumulate_meta_batches", accumulate_meta_batches)
+        require_at_least_one("accumulate_meta_batches", accumulate_meta_batches, "Leave it out for one batch a step.")
         if gradient_clip_val is not None and gradient_clip_val <= 0:
             raise ValueError(f"gradient_clip_val must be positive or None for no clipping; found {gradient_clip_val}.")
         require_choice("gradient_clip_algorithm", gradient_clip_algorithm, ("norm", "value"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from lightning_imaml.arguments import require_positive
+from lightning_imaml.arguments import require_at_least_one
 from lightning_imaml.attention import plain_attention
 from lightning_imaml.chunks import default_chunk_size
 from lightning_imaml.episodes import Episode, ordinary
@@ -44,7 +44,7 @@ def prepare(
     differentiated_steps: int = 0,
 ) -> tuple[FlatModel, Callable[[Episode], Iterator[tuple[InnerProblem, TaskLoss]]]]:
     """Check everything once; what is returned with the network cuts an episode into chunks of tasks."""
-    require_positive("chunk_size", chunk_size)
+    check_chunk_size(chunk_size)
     flat = FlatModel(model, compile, adapt_only=adapt_only)
     if full_precision and flat.dtype.itemsize < torch.float32.itemsize:
         flat = FlatModel(model, compile, torch.float32, adapt_only)
@@ -128,6 +128,12 @@ def classes_of(name: str, targets: Any, loss: LossFunction) -> int | None:
             f"{name} must be class indices from 0; found {lowest}. Relabel each task's classes to 0 … N-1."
         )
     return int(highest) + 1
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raise a ValueError for chunks of nothing."""
+    if chunk_size is not None:
+        require_at_least_one("chunk_size", chunk_size, "None chooses it from the size of a task.")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from lightning_imaml import Episode
 OMNIGLOT = Path(__file__).resolve().parents[2] / "shared" / "data" / "omniglot"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def omniglot_root() -> Path:
     if not OMNIGLOT.is_dir():
         pytest.skip("Omniglot is not in ../shared/data/omniglot")

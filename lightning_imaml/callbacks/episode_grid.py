@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_imaml.arguments import require_positive
+from lightning_imaml.arguments import require_at_least_one
 from lightning_imaml.callbacks.interface import require_interface
 from lightning_imaml.episodes import Episode
 from lightning_imaml.metrics import is_classification
@@ -35,7 +35,7 @@ class EpisodeGrid(Callback):
 
     def __init__(self, tasks: int = 2, queries: int = 5) -> None:
         for name, value in (("tasks", tasks), ("queries", queries)):
-            require_positive(name, value, "Remove the callback to switch it off.")
+            require_at_least_one(name, value, "Remove the callback to switch it off.")
         self.tasks = tasks
         self.queries = queries
         self._folder = Path()

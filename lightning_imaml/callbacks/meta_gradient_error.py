@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils import _pytree as pytree
 
 from lightning_imaml import phases
-from lightning_imaml.arguments import require_positive
+from lightning_imaml.arguments import require_at_least_one
 from lightning_imaml.callbacks.interface import require_interface
 from lightning_imaml.callbacks.nested_peaks import MONITOR
 from lightning_imaml.callbacks.reference import ExactReference, MetaGradientError
@@ -68,7 +68,7 @@ class MetaGradientErrorMonitor(Callback):
         direct_limit: int = 512,
         double: bool = True,
     ) -> None:
-        require_positive("tasks", tasks, "Remove the callback to switch it off.")
+        require_at_least_one("tasks", tasks, "Remove the callback to switch it off.")
         self.every_n_steps = every_n_steps
         self.tasks = tasks
         self.reference = ExactReference(

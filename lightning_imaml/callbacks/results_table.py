@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lightning_imaml.arguments import require_positive
+from lightning_imaml.arguments import require_at_least_one
 from lightning_imaml.callbacks.baseline import reinitialised
 from lightning_imaml.callbacks.interface import require_interface
 from lightning_imaml.callbacks.protocol import Protocol
@@ -62,7 +62,9 @@ class ResultsTable(Callback):
     """
 
     def __init__(self, baseline: bool = True, seed: int = 0, baseline_tasks: int | None = None) -> None:
-        require_positive("baseline_tasks", baseline_tasks, "For no baseline, give baseline=False.")
+        if baseline_tasks is not None:
+            remedy = "None is for all tasks; for no baseline, give baseline=False."
+            require_at_least_one("baseline_tasks", baseline_tasks, remedy)
         self.baseline = baseline
         self.seed = seed
         self.baseline_tasks = baseline_tasks

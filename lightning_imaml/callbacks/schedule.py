@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_imaml.arguments import require_positive
+from lightning_imaml.arguments import require_at_least_one
 from lightning_imaml.meta_steps import row_number
 
 
@@ -23,7 +23,7 @@ class EveryNSteps:
     """
 
     def __init__(self, n: int) -> None:
-        require_positive("every_n_steps", n, "Remove the callback to switch it off.")
+        require_at_least_one("every_n_steps", n, "Remove the callback to switch it off.")
         self.n = n
         self._last: int | None = None
 

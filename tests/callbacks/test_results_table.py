@@ -132,7 +132,7 @@ def test_the_baseline_can_have_the_first_tasks_alone(tmp_path, capsys):
 
 
 def test_a_baseline_of_no_tasks_is_refused():
-    with pytest.raises(ValueError, match=r"baseline_tasks must be at least 1; found 0\. .*baseline=False"):
+    with pytest.raises(ValueError, match=r"tasks must be at least 1; found 0\. None is for all .*baseline=False"):
         ResultsTable(baseline_tasks=0)
 
 

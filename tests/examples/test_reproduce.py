@@ -244,8 +244,8 @@ def test_the_tables_have_both_numbers(tmp_path):
     _results.add_row(result(80.0, protocol="1 step; a + paper_some"), tmp_path / "results.csv")
     text = _results.tables(_results.read(tmp_path / "results.csv"), _results.read(_results.PUBLISHED))
     assert "| MAML | here | 98.12 ± 0.30 | – | – | – |" in text
-    assert "| MAML | here, the paper's settings | 80.00 ± 0.30 | – | – | – |" in text
-    assert text.count("the paper's settings") == 1
+    assert "| MAML | here, the paper's λ and steps | 80.00 ± 0.30 | – | – | – |" in text
+    assert text.count("the paper's λ") == 1
     assert "| MAML | published | 98.7 ± 0.4 | 99.9 ± 0.1 | 95.8 ± 0.3 | 98.9 ± 0.2 |" in text
     assert "| iMAML, Hessian-free | published | 99.50 ± 0.26 | 99.74 ± 0.11 | 96.18 ± 0.36 | 99.14 ± 0.1 |" in text
     assert "| iMAML, Hessian-free | published | 49.30 ± 1.88 |" in text
@@ -267,6 +267,9 @@ def test_the_curves_of_a_setting_share_their_panels():
     assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["MAML", "Reptile"]
     again = _results.draw([curve("maml", 5, [50.0]), curve("maml", 5, [60.0]), curve("reptile", 5, [70.0])])
     assert [line.get_linestyle() for line in again.axes[0].lines] == ["-", "--", "-"], "runs of a method are told apart"
+    near = _results.draw([curve("maml", 5, [60.0, 98.0, 99.0])]).axes[0]
+    low, middle, high = (near.transData.transform((0, accuracy))[1] for accuracy in (60, 98, 99))
+    assert (high - middle) / (middle - low) > 0.1, "on a plain scale a fortieth"
 
 
 @pytest.mark.parametrize(
