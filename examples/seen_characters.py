@@ -10,7 +10,6 @@ on as many of its training split, and on 113 of the former with 310 of the latte
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -52,16 +51,18 @@ def main(args: list[str] | None = None) -> list[Row]:
 
     trainer = Trainer(devices=1, logger=False, enable_checkpointing=False)
     rows: list[Row] = []
-    for path, (name, (seen, unseen)) in itertools.product(options.ckpt_path, SETS.items()):
+    for path in options.ckpt_path:
+        # Once for all sets: a module that is loaded again is compiled again.
         module = IMAMLModule.load_from_checkpoint(path, map_location="cpu")
         shape = torch.load(path, weights_only=True)["lightning_imaml"]["data"] | {"queries": options.queries}
-        data = SomeCharacters(options.root, seen, unseen, test_tasks=options.tasks, **shape)
-        (tested,) = trainer.test(module, datamodule=data, verbose=False)
-        row: Row = {"weights": path.stem, **shape, "tasks": options.tasks}
-        row |= {"characters": name, "seen": seen, "unseen": unseen}
-        row |= {key: round(100 * tested[f"test/{key}"], 4) for key in ("accuracy", "accuracy_interval95")}
-        print("{weights}, {characters}: {accuracy:.2f} ± {accuracy_interval95:.2f} %".format(**row))
-        rows.append(row)
+        for name, (seen, unseen) in SETS.items():
+            data = SomeCharacters(options.root, seen, unseen, test_tasks=options.tasks, **shape)
+            (tested,) = trainer.test(module, datamodule=data, verbose=False)
+            row: Row = {"weights": path.stem, **shape, "tasks": options.tasks}
+            row |= {"characters": name, "seen": seen, "unseen": unseen}
+            row |= {key: round(100 * tested[f"test/{key}"], 4) for key in ("accuracy", "accuracy_interval95")}
+            print("{weights}, {characters}: {accuracy:.2f} ± {accuracy_interval95:.2f} %".format(**row))
+            rows.append(row)
     save(rows, options.output)
     return rows
 
