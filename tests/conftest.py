@@ -12,9 +12,16 @@ OMNIGLOT = Path(__file__).resolve().parents[2] / "shared" / "data" / "omniglot"
 
 
 @pytest.fixture(scope="session")
-def omniglot_root() -> Path:
+def omniglot_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("omniglot_cache")
+
+
+@pytest.fixture
+def omniglot_root(omniglot_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The real data, which is read once for all tests and leaves nothing in the user's cache."""
     if not OMNIGLOT.is_dir():
         pytest.skip("Omniglot is not in ../shared/data/omniglot")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(omniglot_cache))
     return OMNIGLOT
 
 

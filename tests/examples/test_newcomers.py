@@ -88,8 +88,7 @@ def test_without_learn2learn_its_example_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.slow  # Reads all of Omniglot.
-def test_omniglot_tests_its_best_checkpoint(tmp_path, omniglot_root, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_omniglot_tests_its_best_checkpoint(tmp_path, omniglot_root, capsys):
     small = "--filters 8 --meta-steps 12 --validate-every 6 --test-tasks 40"
     found = omniglot.main(["--root", str(omniglot_root), "--output", str(tmp_path / "out"), *small.split()])
     assert found["test/accuracy"] > 0.3 > found["test/accuracy_before"]

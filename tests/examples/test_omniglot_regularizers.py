@@ -14,18 +14,12 @@ def arguments(root, output, *more: str) -> list[str]:
     return ["--root", str(root), *small.split(), "--output", str(output), *more]
 
 
-@pytest.fixture
-def root(omniglot_root, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return omniglot_root
-
-
 @pytest.mark.slow  # Reads all of Omniglot and trains five times: the example must be ready for its hours on a machine.
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 @pytest.mark.filterwarnings("ignore:(?s)Using ModelCheckpoint with manual optimization")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_it_compares_and_goes_on_where_it_was_stopped(root, tmp_path, monkeypatch):
-    rows = example.main(arguments(root, tmp_path / "whole"))
+def test_it_compares_and_goes_on_where_it_was_stopped(omniglot_root, tmp_path, monkeypatch):
+    rows = example.main(arguments(omniglot_root, tmp_path / "whole"))
     assert [row["regularizer"] for row in rows] == list(example.VARIANTS)
     found = [torch.load(path)["accuracies"] for path in sorted((tmp_path / "whole").glob("*/result.pt"))]
     assert [len(values) for values in found] == [6] * 4
@@ -48,8 +42,8 @@ def test_it_compares_and_goes_on_where_it_was_stopped(root, tmp_path, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(example.Clock, "on_train_batch_end", stop)
         with pytest.raises(RuntimeError, match="stopped"):
-            example.main(arguments(root, tmp_path / "parts", *only))
-    example.main(arguments(root, tmp_path / "parts", *only))
+            example.main(arguments(omniglot_root, tmp_path / "parts", *only))
+    example.main(arguments(omniglot_root, tmp_path / "parts", *only))
     (resumed,) = (torch.load(path) for path in (tmp_path / "parts").glob("*/result.pt"))
     (at_once,) = (torch.load(path) for path in (tmp_path / "whole").glob("per_layer*/result.pt"))
     torch.testing.assert_close(resumed["accuracies"], at_once["accuracies"])
@@ -59,7 +53,7 @@ def test_it_compares_and_goes_on_where_it_was_stopped(root, tmp_path, monkeypatc
         raise AssertionError("what is done is not done again")
 
     monkeypatch.setattr(example, "train", again)
-    assert example.main(arguments(root, tmp_path / "whole"))[0]["accuracy"] == rows[0]["accuracy"]
+    assert example.main(arguments(omniglot_root, tmp_path / "whole"))[0]["accuracy"] == rows[0]["accuracy"]
 
 
 def test_the_time_of_a_variant_chooses_the_steps_of_all(monkeypatch, tmp_path, capsys):

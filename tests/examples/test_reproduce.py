@@ -131,8 +131,7 @@ def test_another_process_gets_the_published_number(tmp_path):
 
 
 @pytest.mark.slow  # Reads all of Omniglot, and tests 600 tasks: the command of the documentation must be ready to run.
-def test_an_entry_of_table_2(tmp_path, omniglot_root, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_an_entry_of_table_2(tmp_path, omniglot_root):
     small = {
         "model": {"init_args": {"backbone": {"init_args": {"filters": 4}}, "compile": False}},
         "data": {"init_args": {"batches_per_epoch": 2, "val_tasks": 4, "eval_tasks_per_batch": 50}},
