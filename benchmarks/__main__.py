@@ -7,6 +7,7 @@ every system is definite and all sides do the same work: at the paper's 2 a plai
 about half of the tasks, where TorchOpt goes on.
 
     python -m benchmarks --omniglot PATH --mini-imagenet PATH    # without a path: random images of that size
+    python -m benchmarks --device cuda                           # on a GPU; the package takes all tasks at once there
     python -m benchmarks --check docs/results/benchmark.csv      # status 1 where a ratio is worse than recorded
     python -m benchmarks --overhead      # instead: a training step under Lightning against the bare meta-gradient
     python -m benchmarks --kernels       # instead: the convolutions alone, a floor under eager code that calls them
@@ -19,6 +20,7 @@ import argparse
 import importlib
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -58,41 +60,47 @@ def disagreement(workload: Workload, episode: Episode, sides: dict[str, Side]) -
     return {name: float((g - first).norm() / first.norm()) for name, g in found.items()}
 
 
-def gemm_rate() -> float:
-    """This machine's rate of float32 matrix products, in floating-point operations a second: the best of some sizes."""
+def seconds(work: Callable[[], object], device: str) -> float:
+    """The wall time of a piece of work, until the device has done it."""
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def gemm_rate(device: str) -> float:
+    """The rate of float32 matrix products, in floating-point operations a second: the best of some sizes."""
     best = 0.0
-    for size in (512, 1024, 2048):
-        a = torch.rand(size, size)
+    for size in (512, 1024, 2048, *((4096, 8192) if device == "cuda" else ())):
+        a = torch.rand(size, size, device=device)
         for _ in range(8):
-            start = time.perf_counter()
-            a @ a
-            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+            best = max(best, 2 * size**3 / seconds(lambda a=a: a @ a, device))  # type: ignore[misc]
     return best
 
 
-def measure(name: str, workload: Workload, episode: Episode, gradient: str, repeats: int) -> list[Row]:
+def measure(name: str, workload: Workload, episode: Episode, gradient: str, repeats: int, device: str) -> list[Row]:
     """Compare and time all sides on one workload."""
-    contenders, model = sides(gradient), workload.network()
+    contenders, model = sides(gradient), workload.network().to(device)
     errors = disagreement(workload, episode, contenders)
+    work = operations(workload, episode, gradient)
+    episode = Episode(*(part.to(device) for part in episode))
     for side in contenders.values():  # To warm up, and to compile.
         side(model, episode, workload.settings)
-    rate = gemm_rate()
+    rate = gemm_rate(device)
     times: dict[str, list[float]] = {side: [] for side in contenders}
     for _ in range(repeats):
         for side, run in contenders.items():
-            start = time.perf_counter()
-            run(model, episode, workload.settings)
-            times[side].append(time.perf_counter() - start)
-    rate = max(rate, gemm_rate())
+            times[side].append(seconds(lambda run=run: run(model, episode, workload.settings), device))  # type: ignore[misc]
+    rate = max(rate, gemm_rate(device))
     medians = {side: statistics.median(values) / workload.tasks for side, values in times.items()}
     fastest_peer = min((medians[peer] for peer in PEERS[gradient] if peer in medians), default=float("nan"))
-    work = operations(workload, episode, gradient)
     return [
         {
             "workload": name,
             "gradient": gradient,
             "side": side,
-            "ms_a_task": round(1e3 * median, 2),
+            "ms_a_task": float(f"{1e3 * median:.4g}"),
             "times_as_fast_as_fastest_peer": round(fastest_peer / median, 2),
             "share_of_gemm_rate": round(work / median / rate, 3),
             "gflop_a_task": round(work / 1e9, 3),
@@ -133,6 +141,9 @@ def main(args: list[str] | None = None) -> list[Row]:
     kind.add_argument("--check", type=Path, metavar="FILE", help="compare the ratios with those of this benchmark.csv")
     parser.add_argument("--tolerance", type=float, default=0.2, help="with --check: how far below is not worse yet")
     parser.add_argument("--compile", action="store_true", help="with --overhead and --scaling: compiled")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="of the comparison; float64 on the CPU"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("results"))
     options = parser.parse_args(args)
@@ -145,7 +156,8 @@ def main(args: list[str] | None = None) -> list[Row]:
         return kernels.run(options.workloads, roots, options.repeats, options.output)
     if options.overhead:
         return overhead.run(options.workloads, roots, options.repeats, options.compile, options.output)
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32; ms a task")
+    where = f"{torch.get_num_threads()} threads" if options.device == "cpu" else torch.cuda.get_device_name()
+    print(f"{where}, torch {torch.__version__}, float32; ms a task")
     rows: list[Row] = []
     for name in options.workloads:
         workload = WORKLOADS[name]
@@ -153,10 +165,10 @@ def main(args: list[str] | None = None) -> list[Row]:
         episode = workload.episode(root)
         for gradient in options.gradients:
             print(f"\n{name} ({'real' if root else 'random'} images, {workload.tasks} tasks), {gradient}")
-            for row in measure(name, workload, episode, gradient, options.repeats):
+            for row in measure(name, workload, episode, gradient, options.repeats, options.device):
                 rows.append(row)
                 print(
-                    f"{row['side']:>17}: {row['ms_a_task']:8.1f} ms, {row['times_as_fast_as_fastest_peer']:5.2f} times "
+                    f"{row['side']:>17}: {row['ms_a_task']:8.4g} ms, {row['times_as_fast_as_fastest_peer']:5.2f} times "
                     f"as fast as the fastest peer, {row['share_of_gemm_rate']:4.0%} of the GEMM rate, "
                     f"differs by {row['relative_difference_float64']:.0e}",
                     flush=True,

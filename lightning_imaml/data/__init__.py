@@ -1,5 +1,6 @@
 """Data modules that draw few-shot episodes."""
 
+from lightning_imaml.data.augmentation import RandomAffine
 from lightning_imaml.data.base import PerSample, TaskDataModule
 from lightning_imaml.data.cifar_fs import CifarFSDataModule
 from lightning_imaml.data.cub import CUBDataModule
@@ -25,6 +26,7 @@ __all__ = [
     "MiniImageNetDataModule",
     "OmniglotDataModule",
     "PerSample",
+    "RandomAffine",
     "RegressionDataModule",
     "SinusoidDataModule",
     "TaskDataModule",
