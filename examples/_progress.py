@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -20,15 +21,20 @@ class Progress(Callback):
 
     Attributes:
         points: rows of "meta_steps", "minutes", "accuracy" and "interval95" (per cent).
+        devices: the names of what was trained on: "cpu", or that of a GPU.
     """
 
     def __init__(self) -> None:
         self.points: list[dict[str, float]] = []
+        self.devices: list[str] = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the accuracy."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
+        device = pl_module.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self.devices += [] if name in self.devices else [name]
         metrics = trainer.callback_metrics
         self.points.append(
             {
@@ -40,9 +46,11 @@ class Progress(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The points, as plain numbers."""
-        return {"points": self.points}
+        """The points and the devices, as plain numbers and text."""
+        return {"points": self.points, "devices": self.devices}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the points of a checkpoint."""
         self.points = list(state_dict["points"])
+        # Older checkpoints, all of a CPU, do not say.
+        self.devices = list(state_dict.get("devices", ["cpu"]))
