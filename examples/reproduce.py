@@ -136,14 +136,15 @@ def reproduce(run: Run) -> Row:
         ["test", *run.options("test"), "--data.test_tasks", str(run.tasks), "--ckpt_path", str(run.weights)]
     )
     metrics = {name: 100 * float(value) for name, value in tested.trainer.callback_metrics.items()}
+    progress = next(callback for callback in trainer.callbacks if isinstance(callback, Progress))
     row: Row = {
         "table": run.table, "dataset": run.dataset, "method": run.method, "ways": run.ways, "shots": run.shots,
         "accuracy": round(metrics["test/accuracy"], 4), "interval95": round(metrics["test/accuracy_interval95"], 4),
         "tasks": run.tasks, "meta_steps": trainer.global_step, "minutes": round(minutes(trainer), 2),
         "cores": torch.get_num_threads(), "seed": run.seed, "torch": torch.__version__, "commit": revision,
-        "protocol": protocol(run, tested),
+        "protocol": protocol(run, tested, progress.devices),
     }  # fmt: skip
-    keep_curves(run, trainer.log_dir, next(c for c in trainer.callbacks if isinstance(c, Progress)))
+    keep_curves(run, trainer.log_dir, progress)
     configs = [path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name for path in run.configs]
     command = " ".join(
         ["lightning-imaml test", *(f"--config {path}" for path in configs), *(["--data.root PATH"] if run.root else []),
@@ -156,8 +157,8 @@ def reproduce(run: Run) -> Row:
     return row
 
 
-def protocol(run: Run, tested: LightningCLI) -> str:
-    """What the accuracy of a test depends on, in words."""
+def protocol(run: Run, tested: LightningCLI, trained_on: Sequence[str]) -> str:
+    """What the accuracy of a test depends on, in words, and what else than a CPU it was trained on."""
     data = tested.datamodule
     of_test = Protocol.of(tested.model, Episode.of(next(iter(data.test_dataloader()))))
     members = data.tasks("train").pool.members
@@ -167,7 +168,9 @@ def protocol(run: Run, tested: LightningCLI) -> str:
         f"{statistics.median(map(len, members.values())):.0f} images"
     )
     start = "" if run.start is None else f", beginning with {run.start.name}"
-    device = "" if tested.model.device.type == "cpu" else f"; tested on {tested.model.device.type}"
+    others = [name for name in trained_on if name != "cpu"]
+    device = f", on {' and '.join(others)}" if others else ""
+    device += "" if tested.model.device.type == "cpu" else f"; tested on {tested.model.device.type}"
     return f"{of_test}; {of_training}{start}{device}; {' + '.join(path.stem for path in run.configs)}"
 
 

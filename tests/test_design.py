@@ -38,7 +38,7 @@ NAMES = {
     "lightning_imaml.data": [
         "EpisodicDataModule", "GlyphDataModule", "OmniglotDataModule", "MiniImageNetDataModule", "CifarFSDataModule",
         "TieredImageNetDataModule", "CUBDataModule", "ImageFolderDataModule",
-        "TasksetDataModule", "SinusoidDataModule", "LinearRegressionDataModule", "PerSample",
+        "TasksetDataModule", "SinusoidDataModule", "LinearRegressionDataModule", "PerSample", "RandomAffine",
     ],
     "lightning_imaml.models": [
         "Conv4", "MLP", "ResNet12", "WideResNet", "SupportNorm", "use_batch_statistics", "use_support_statistics",

@@ -1,0 +1,112 @@
+"""Random affine transforms of a batch: torchvision's answers, each image by numbers of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as images_one_by_one
+
+from lightning_imaml.data import RandomAffine, augmentation
+from lightning_imaml.data.augmentation import affine
+
+EVERYTHING = {"degrees": 20.0, "translate": (0.1, 0.2), "scale": (0.7, 1.3), "shear": 15.0}
+
+
+def pictures(count: int = 6, height: int = 20, width: int = 28) -> torch.Tensor:
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("size", [(28, 28), (20, 36)])
+def test_each_image_is_moved_as_torchvision_moves_one(size):
+    generator = torch.Generator().manual_seed(1)
+    samples = pictures(6, *size)
+    degrees, right, down, shear = (torch.rand(4, 6, generator=generator) - 0.5) * torch.tensor(
+        [[60], [0.4], [0.4], [60]]
+    )
+    scale = 0.5 + torch.rand(6, generator=generator)
+    height, width = size
+    expected = [
+        images_one_by_one.affine(
+            sample, float(degrees[k]), [float(right[k]) * width, float(down[k]) * height], float(scale[k]),
+            [float(shear[k]), 0.0], InterpolationMode.BILINEAR,
+        )
+        for k, sample in enumerate(samples)
+    ]  # fmt: skip
+    found = affine(samples, degrees, right, down, scale, shear)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=2e-5)
+
+
+def test_equal_images_are_changed_differently():
+    torch.manual_seed(0)
+    samples = pictures(1).expand(8, -1, -1, -1)
+    moved = RandomAffine(**EVERYTHING)(samples)
+    assert moved.shape == samples.shape
+    assert len({tuple(image.flatten().tolist()) for image in moved}) == 8
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_the_share_of_changed_images(p):
+    torch.manual_seed(0)
+    samples = pictures(1, 4, 4).expand(2000, -1, -1, -1)
+    changed = (RandomAffine(**EVERYTHING, p=p)(samples) != samples).flatten(1).any(dim=1)
+    assert float(changed.float().mean()) == pytest.approx(p, abs=0.04)
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_the_numbers_stay_in_their_range(name, monkeypatch):
+    """And what is left out has no effect."""
+    seen = {}
+
+    def note(images, *drawn):
+        seen.update(zip(("degrees", "right", "down", "scale", "shear"), drawn, strict=True))
+        return images
+
+    monkeypatch.setattr(augmentation, "affine", note)
+    torch.manual_seed(0)
+    RandomAffine(**{name: EVERYTHING[name]})(pictures(1, 2, 2).expand(4000, -1, -1, -1))
+    limits = {"degrees": (0, 0), "right": (0, 0), "down": (0, 0), "scale": (1, 1), "shear": (0, 0)}
+    limits |= {
+        "degrees": {"degrees": (-20, 20)}, "translate": {"right": (-0.1, 0.1), "down": (-0.2, 0.2)},
+        "scale": {"scale": (0.7, 1.3)}, "shear": {"shear": (-15, 15)},
+    }[name]  # fmt: skip
+    for key, (low, high) in limits.items():
+        spread = high - low
+        assert low <= float(seen[key].min()) <= low + 0.01 * spread
+        assert high - 0.01 * spread <= float(seen[key].max()) <= high
+
+
+def test_a_seed_decides_and_other_dtypes_keep_theirs():
+    transform = RandomAffine(**EVERYTHING, p=0.5)
+
+    def run(samples):
+        torch.manual_seed(3)
+        return transform(samples)
+
+    once = run(pictures())
+    assert torch.equal(run(pictures()), once)
+    assert run(pictures().double()).dtype == torch.float64
+    torch.testing.assert_close(run(pictures().double()).float(), once, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"degrees": -1.0}, "degrees must be zero or a positive angle; found -1.0"),
+        ({"translate": (0.1,)}, "translate must be two shares"),
+        ({"translate": (-0.1, 0.0)}, "translate must be two shares"),
+        ({"scale": (0.0, 1.0)}, "scale must be a positive factor"),
+        ({"scale": (1.2, 0.8)}, "scale must be a positive factor"),
+        ({"shear": 90.0}, "shear must be an angle"),
+        ({"p": 1.5}, "p must be a probability from 0 to 1; found 1.5"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RandomAffine(**settings)
+
+
+@pytest.mark.parametrize("samples", [torch.zeros(2, 5), torch.zeros(2, 1, 4, 4, dtype=torch.uint8)])
+def test_other_samples_than_images_are_refused(samples):
+    with pytest.raises(ValueError, match="samples must be images"):
+        RandomAffine(10.0)(samples)
