@@ -21,6 +21,7 @@ from lightning_imaml.float32 import Float32Parameters, default_dtype
 from lightning_imaml.functional import Adapted, MetaGradient
 from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import ConjugateGradient
+from lightning_imaml.losses import Loss
 from lightning_imaml.meta_gradients import Estimator, Implicit
 from lightning_imaml.meta_steps import row_number
 from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, LoaderMetrics, is_classification
@@ -32,6 +33,7 @@ from lightning_imaml.tasks import FlatModel
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
+_LOSSES = {"loss": F.cross_entropy, "query_loss": None}  # and their defaults
 
 
 class IMAMLModule(OuterStep):
@@ -73,6 +75,7 @@ class IMAMLModule(OuterStep):
             without tasks is not taken. Evaluation always raises: results without their worst tasks would flatter.
         eval_inner_solver: what adapts in validation, test, predict and :meth:`adapt`, such as more steps; None for
             ``inner_solver``.
+        query_loss: the outer loss, such as :class:`~lightning_imaml.losses.ScaledCrossEntropy`; None for ``loss``.
 
     Override :meth:`configure_backbone`, :meth:`inner_loss`, :meth:`outer_loss`, :meth:`configure_metrics` or
     :meth:`configure_optimizers` to change one thing.
@@ -81,7 +84,7 @@ class IMAMLModule(OuterStep):
     def __init__(
         self,
         backbone: nn.Module | None = None,
-        loss: Callable[[Any, Any], Tensor] = F.cross_entropy,
+        loss: Loss = F.cross_entropy,
         inner_solver: InnerSolver = GradientDescent(lr=0.1, steps=16),  # noqa: B008 - frozen: sharing it is safe
         estimator: Estimator = Implicit(ConjugateGradient(max_iter=5), GaussNewton()),  # noqa: B008
         regularizer: Regularizer = Proximal(strength=2.0),  # noqa: B008
@@ -99,13 +102,14 @@ class IMAMLModule(OuterStep):
         solve_precision: Literal["full", "trainer"] = "full",
         on_bad_task: Literal["raise", "skip"] = "raise",
         eval_inner_solver: InnerSolver | None = None,
+        query_loss: Loss | None = None,
     ) -> None:
         super().__init__(
             gradient_clip_val, gradient_clip_algorithm, accumulate_meta_batches, lr_scheduler_monitor, on_bad_task
         )
         check_chunk_size(chunk_size)
         require_choice("solve_precision", solve_precision, ("full", "trainer"))
-        for name in ("loss", "inner_solver", "eval_inner_solver", "estimator", "regularizer"):
+        for name in ("loss", "query_loss", "inner_solver", "eval_inner_solver", "estimator", "regularizer"):
             if hasattr(type(self), name):
                 raise TypeError(
                     f"{name} must be an argument of super().__init__, which would hide one of the class; found "
@@ -113,9 +117,9 @@ class IMAMLModule(OuterStep):
                 )
         # From a script, networks, losses and optimizers are code: pass them again to load_from_checkpoint. From
         # LightningCLI all arguments are plain configuration, and its test and predict need them in the checkpoint.
-        code = [] if _given_hyperparameters.get() else ["backbone", "loss", "optimizer", "lr_scheduler"]
+        code = [] if _given_hyperparameters.get() else ["backbone", *_LOSSES, "optimizer", "lr_scheduler"]
         self.save_hyperparameters(ignore=code)
-        self.loss = loss
+        self.loss, self.query_loss = loss, query_loss
         self.inner_solver = inner_solver
         self.eval_inner_solver = eval_inner_solver
         self.estimator = estimator
@@ -182,18 +186,20 @@ class IMAMLModule(OuterStep):
         """Note what no hyper-parameter restores: the data's ways and shots, and which loss the weights belong to."""
         for name in self._of_data:
             checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).pop(name, None)
-        checkpoint["lightning_imaml"] = {"loss": _qualified_name(self.loss), "data": dict(self._of_data)}
+        losses = {name: _qualified_name(getattr(self, name)) for name in _LOSSES}
+        checkpoint["lightning_imaml"] = {**losses, "data": dict(self._of_data)}
         if self._trainer is not None:
             checkpoint["lightning_imaml"]["outer_step"] = self.outer_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the network before its weights arrive; refuse to replace another loss by the default in silence."""
         noted = checkpoint.get("lightning_imaml", {})
-        if self.loss is F.cross_entropy and noted.get("loss", _qualified_name(self.loss)) != _qualified_name(self.loss):
-            raise ValueError(
-                f"loss must be given, since the checkpoint was trained with {noted['loss']}; found the default, "
-                "cross_entropy. Pass loss=... to load_from_checkpoint or to the module."
-            )
+        for name, default in _LOSSES.items():
+            if getattr(self, name) is default and noted.get(name, _qualified_name(default)) != _qualified_name(default):
+                raise ValueError(
+                    f"{name} must be given, since the checkpoint was trained with {noted[name]}; found the default, "
+                    f"{getattr(default, '__name__', default)}. Pass {name}=... to load_from_checkpoint or the module."
+                )
         self._take_over(noted.get("data", {}))
         self._build()
         if self._trainer is not None and self.trainer.state.fn == "fit":
@@ -236,7 +242,7 @@ class IMAMLModule(OuterStep):
 
     def outer_loss(self, outputs: Any, targets: Any) -> Tensor:
         """Q: the loss on one task's query set, from outputs ``[n, ...]`` and targets ``[n, ...]``."""
-        return self.loss(outputs, targets)
+        return self._bare("outer_loss")(outputs, targets)
 
     def forward(self, inputs: Any) -> Any:
         """The network at its initialisation, unadapted: inputs ``[n, ...]`` to outputs ``[n, ...]``."""
@@ -283,10 +289,13 @@ class IMAMLModule(OuterStep):
             "full_precision": self.solve_precision == "full",
         }
 
-    def _loss(self, name: str) -> Callable[[Any, Any], Tensor]:
+    def _loss(self, name: str) -> Loss:
         """The bare loss unless it is overridden: the core checks labels against the losses that it knows."""
         own = getattr(self, name)
-        return self.loss if getattr(own, "__func__", None) is getattr(IMAMLModule, name) else own
+        return self._bare(name) if getattr(own, "__func__", None) is getattr(IMAMLModule, name) else own
+
+    def _bare(self, name: str) -> Loss:
+        return self.loss if name == "inner_loss" or self.query_loss is None else self.query_loss
 
     # Training
 

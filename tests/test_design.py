@@ -45,6 +45,7 @@ NAMES = {
         "add_low_rank_adapters", "Checkpointed",
     ],
     "lightning_imaml.checkpoints": ["AtomicCheckpointIO", "export_weights"],
+    "lightning_imaml.losses": ["ScaledCrossEntropy"],
     "lightning_imaml.metrics": [
         "EpisodicAccuracy", "EpisodicInterval95", "EpisodicLoss", "EpisodicCalibrationError", "EpisodicMetric",
         "with_intervals",
@@ -77,7 +78,7 @@ def test_no_file_is_long(path):
 ROOMS = [
     "_version", "arguments", "component", "layout", "positive", "phases", "episodes", "bad_tasks", "attention",
     "float32", "random_states", "regularizers", "matrix_form", "recording", "compilation", "over_tasks", "support_set",
-    "tasks", "ranks", "chunks", "curvature", "linear", "inner", "meta_gradients", "preparation", "functional",
+    "tasks", "ranks", "chunks", "losses", "curvature", "linear", "inner", "meta_gradients", "preparation", "functional",
     "metrics", "meta_steps", "outer_state", "outer_step", "checkpoints", "module", "callbacks", "data", "models",
     "cli",
 ]  # fmt: skip
