@@ -15,7 +15,7 @@ class RandomAffine(nn.Module):
     """Turn, shift, scale and shear images about their centre, each by random numbers of its own.
 
     The arguments are named as those of torchvision's ``RandomAffine``, which treats all images of a batch alike, and in
-    :class:`PerSample` takes them one after the other, which is slow on a GPU. Shifts are not rounded to whole pixels here;
+    :class:`PerSample` takes them one after the other, which is slow on a GPU. Shifts are not rounded to whole pixels,
     pixels between others are bilinear, those from outside are zero. The numbers are drawn on the CPU, and so are the
     same on every device.
 
