@@ -30,6 +30,7 @@ from benchmarks import kernels, overhead, regression, scaling
 from benchmarks.sides import Row, Side, operations, package, save
 from benchmarks.workloads import WORKLOADS, Workload
 from lightning_imaml import Episode
+from lightning_imaml.float32 import full_float32
 
 PEERS = {
     "implicit": {"sequential loop": "sequential", "TorchOpt": "torchopt_imaml"},
@@ -49,8 +50,8 @@ def sides(gradient: str) -> dict[str, Side]:
 
 
 def disagreement(workload: Workload, episode: Episode, sides: dict[str, Side]) -> dict[str, float]:
-    """‖g − g₀‖ / ‖g₀‖ in float64 on two tasks, with the first side's gradient as g₀."""
-    model = workload.network().double()
+    """‖g − g₀‖ / ‖g₀‖ in float64 on two tasks, with the first side's gradient as g₀, on the device of the episode."""
+    model = workload.network().double().to(episode.support_inputs.device)
     double = Episode(*(part[:2].double() if part.is_floating_point() else part[:2] for part in episode))
     found = {
         name: torch.cat([g.flatten() for g in side(model, double, workload.settings).values()])
@@ -82,17 +83,18 @@ def gemm_rate(device: str) -> float:
 def measure(name: str, workload: Workload, episode: Episode, gradient: str, repeats: int, device: str) -> list[Row]:
     """Compare and time all sides on one workload."""
     contenders, model = sides(gradient), workload.network().to(device)
-    errors = disagreement(workload, episode, contenders)
     work = operations(workload, episode, gradient)
     episode = Episode(*(part.to(device) for part in episode))
-    for side in contenders.values():  # To warm up, and to compile.
-        side(model, episode, workload.settings)
-    rate = gemm_rate(device)
+    errors = disagreement(workload, episode, contenders)
     times: dict[str, list[float]] = {side: [] for side in contenders}
-    for _ in range(repeats):
-        for side, run in contenders.items():
-            times[side].append(seconds(lambda run=run: run(model, episode, workload.settings), device))  # type: ignore[misc]
-    rate = max(rate, gemm_rate(device))
+    with full_float32():  # All sides: a GPU's default for convolutions is shorter.
+        for side in contenders.values():  # To warm up, and to compile.
+            side(model, episode, workload.settings)
+        rate = gemm_rate(device)
+        for _ in range(repeats):
+            for side, run in contenders.items():
+                times[side].append(seconds(lambda run=run: run(model, episode, workload.settings), device))  # type: ignore[misc]
+        rate = max(rate, gemm_rate(device))
     medians = {side: statistics.median(values) / workload.tasks for side, values in times.items()}
     fastest_peer = min((medians[peer] for peer in PEERS[gradient] if peer in medians), default=float("nan"))
     return [
@@ -147,6 +149,11 @@ def main(args: list[str] | None = None) -> list[Row]:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("results"))
     options = parser.parse_args(args)
+    if options.device == "cuda":
+        if options.scaling or options.kernels or options.overhead or options.check:
+            parser.error("--device cuda is for the comparison of sides alone, whose recorded ratios are of a CPU")
+        if not torch.cuda.is_available():
+            parser.error("--device cuda must have a GPU that PyTorch can use; found none")
     recorded = regression.read(options.check) if options.check else None  # Now: --output may write to the same file.
     options.output.mkdir(parents=True, exist_ok=True)
     roots = {"omniglot": options.omniglot, "mini-imagenet": options.mini_imagenet}

@@ -34,7 +34,8 @@ class Progress(Callback):
             return
         device = pl_module.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        self.devices += [] if name in self.devices else [name]
+        if name not in self.devices:
+            self.devices.append(name)
         metrics = trainer.callback_metrics
         self.points.append(
             {

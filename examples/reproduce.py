@@ -168,8 +168,7 @@ def protocol(run: Run, tested: LightningCLI, trained_on: Sequence[str]) -> str:
         f"{statistics.median(map(len, members.values())):.0f} images"
     )
     start = "" if run.start is None else f", beginning with {run.start.name}"
-    others = [name for name in trained_on if name != "cpu"]
-    device = f", on {' and '.join(others)}" if others else ""
+    device = "" if set(trained_on) <= {"cpu"} else f", on {' and '.join(trained_on)}"
     device += "" if tested.model.device.type == "cpu" else f"; tested on {tested.model.device.type}"
     return f"{of_test}; {of_training}{start}{device}; {' + '.join(path.stem for path in run.configs)}"
 

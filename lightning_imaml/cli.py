@@ -16,7 +16,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_warn
 
 # Importing the families registers their members, so that configurations can name them without their module.
-from lightning_imaml import callbacks, curvature, data, inner, linear, meta_gradients, models, regularizers
+from lightning_imaml import callbacks, curvature, data, inner, linear, losses, meta_gradients, models, regularizers
 from lightning_imaml.module import IMAMLModule
 
 
@@ -65,6 +65,7 @@ def _class_names() -> list[str]:
         data,
         inner,
         linear,
+        losses,
         meta_gradients,
         models,
         regularizers,

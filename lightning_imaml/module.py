@@ -33,7 +33,6 @@ from lightning_imaml.tasks import FlatModel
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
-_LOSSES = {"loss": F.cross_entropy, "query_loss": None}  # and their defaults
 
 
 class IMAMLModule(OuterStep):
@@ -49,7 +48,7 @@ class IMAMLModule(OuterStep):
 
     Args:
         backbone: the network; None builds it by :meth:`configure_backbone` when the Trainer sets the module up.
-        loss: ``loss(outputs, targets) -> scalar`` for one task, inner and outer.
+        loss: ``loss(outputs, targets) -> scalar`` for one task, inner and, without ``query_loss``, outer.
         inner_solver: what adapts.
         estimator: what differentiates through adaptation. The default curvature is Gauss-Newton: on the paper's own
             network the exact Hessian soon is indefinite for most tasks, and conjugate gradient fails on it.
@@ -75,7 +74,8 @@ class IMAMLModule(OuterStep):
             without tasks is not taken. Evaluation always raises: results without their worst tasks would flatter.
         eval_inner_solver: what adapts in validation, test, predict and :meth:`adapt`, such as more steps; None for
             ``inner_solver``.
-        query_loss: the outer loss, such as :class:`~lightning_imaml.losses.ScaledCrossEntropy`; None for ``loss``.
+        query_loss: the outer loss, such as :class:`~lightning_imaml.losses.ScaledCrossEntropy`; None for ``loss``. An
+            :meth:`outer_loss` of a subclass takes its place.
 
     Override :meth:`configure_backbone`, :meth:`inner_loss`, :meth:`outer_loss`, :meth:`configure_metrics` or
     :meth:`configure_optimizers` to change one thing.
@@ -117,7 +117,7 @@ class IMAMLModule(OuterStep):
                 )
         # From a script, networks, losses and optimizers are code: pass them again to load_from_checkpoint. From
         # LightningCLI all arguments are plain configuration, and its test and predict need them in the checkpoint.
-        code = [] if _given_hyperparameters.get() else ["backbone", *_LOSSES, "optimizer", "lr_scheduler"]
+        code = [] if _given_hyperparameters.get() else ["backbone", "loss", "query_loss", "optimizer", "lr_scheduler"]
         self.save_hyperparameters(ignore=code)
         self.loss, self.query_loss = loss, query_loss
         self.inner_solver = inner_solver
@@ -186,19 +186,20 @@ class IMAMLModule(OuterStep):
         """Note what no hyper-parameter restores: the data's ways and shots, and which loss the weights belong to."""
         for name in self._of_data:
             checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).pop(name, None)
-        losses = {name: _qualified_name(getattr(self, name)) for name in _LOSSES}
-        checkpoint["lightning_imaml"] = {**losses, "data": dict(self._of_data)}
+        names = dict(zip(("loss", "query_loss"), map(_qualified_name, self._losses().values()), strict=True))
+        checkpoint["lightning_imaml"] = {**names, "data": dict(self._of_data)}
         if self._trainer is not None:
             checkpoint["lightning_imaml"]["outer_step"] = self.outer_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the network before its weights arrive; refuse to replace another loss by the default in silence."""
         noted = checkpoint.get("lightning_imaml", {})
-        for name, default in _LOSSES.items():
-            if getattr(self, name) is default and noted.get(name, _qualified_name(default)) != _qualified_name(default):
+        given = {"loss": self.loss is not F.cross_entropy, "query_loss": self.query_loss is not None}
+        for (name, known), own in zip(given.items(), self._losses().values(), strict=True):
+            if not known and noted.get(name, _qualified_name(own)) != _qualified_name(own):
                 raise ValueError(
                     f"{name} must be given, since the checkpoint was trained with {noted[name]}; found the default, "
-                    f"{getattr(default, '__name__', default)}. Pass {name}=... to load_from_checkpoint or the module."
+                    f"{_qualified_name(own)}. Pass {name}=... to load_from_checkpoint or the module."
                 )
         self._take_over(noted.get("data", {}))
         self._build()
@@ -242,7 +243,7 @@ class IMAMLModule(OuterStep):
 
     def outer_loss(self, outputs: Any, targets: Any) -> Tensor:
         """Q: the loss on one task's query set, from outputs ``[n, ...]`` and targets ``[n, ...]``."""
-        return self._bare("outer_loss")(outputs, targets)
+        return self._losses()["outer_loss"](outputs, targets)
 
     def forward(self, inputs: Any) -> Any:
         """The network at its initialisation, unadapted: inputs ``[n, ...]`` to outputs ``[n, ...]``."""
@@ -292,10 +293,10 @@ class IMAMLModule(OuterStep):
     def _loss(self, name: str) -> Loss:
         """The bare loss unless it is overridden: the core checks labels against the losses that it knows."""
         own = getattr(self, name)
-        return self._bare(name) if getattr(own, "__func__", None) is getattr(IMAMLModule, name) else own
+        return self._losses()[name] if getattr(own, "__func__", None) is getattr(IMAMLModule, name) else own
 
-    def _bare(self, name: str) -> Loss:
-        return self.loss if name == "inner_loss" or self.query_loss is None else self.query_loss
+    def _losses(self) -> dict[str, Loss]:
+        return {"inner_loss": self.loss, "outer_loss": self.loss if self.query_loss is None else self.query_loss}
 
     # Training
 

@@ -137,7 +137,7 @@ def test_the_command_compares_its_table(monkeypatch, tmp_path):
     """With the recorded times in the place of a measurement: the package is as fast, then half as fast."""
     factor = 1.0
 
-    def measured(name, workload, episode, gradient, repeats):
+    def measured(name, workload, episode, gradient, repeats, device):
         rows = [row for row in numbers(RECORDED) if (row["workload"], row["gradient"]) == (name, gradient)]
         for row in rows:
             row |= {key: float(value) for key, value in row.items() if key not in ("workload", "gradient", "side")}
@@ -152,3 +152,18 @@ def test_the_command_compares_its_table(monkeypatch, tmp_path):
     factor = 2.0
     with pytest.raises(SystemExit, match="below the recorded ones"):
         main(args)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scaling"], "comparison of sides alone"), (["--overhead"], "comparison of sides alone"),
+        (["--kernels"], "comparison of sides alone"), (["--check", "some.csv"], "comparison of sides alone"),
+        ([], "must have a GPU"),
+    ],
+)  # fmt: skip
+def test_what_does_not_run_on_a_gpu_says_so(options, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["--device", "cuda", *options])
+    assert message in capsys.readouterr().err

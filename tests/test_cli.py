@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from lightning_imaml import IMAMLModule, cli
-from lightning_imaml.checkpoints import AtomicCheckpointIO
+from lightning_imaml.checkpoints import AtomicCheckpointIO, export_weights
 from lightning_imaml.inner import GradientDescent
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -90,6 +90,17 @@ def test_given_settings_that_a_checkpoint_replaces_are_named(small):
     loaded = IMAMLModule.load_from_checkpoint(best, inner_solver=GradientDescent(lr=0.3, steps=7))
     assert loaded.inner_solver.steps == 7
     cli.run(["test", *small, "--ckpt_path", best])  # Nothing to warn of: warnings are errors in these tests.
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_losses_by_their_class_are_trained_tested_and_exported(small, tmp_path):
+    losses = ["--model.loss", "torch.nn.CrossEntropyLoss", "--model.loss.init_args.label_smoothing", "0.1",
+              "--model.query_loss", "ScaledCrossEntropy", "--model.query_loss.init_args.scale", "2.0"]  # fmt: skip
+    fitted = cli.run(["fit", *small, *losses])
+    export_weights(fitted.trainer.checkpoint_callback.best_model_path, tmp_path / "weights.ckpt")
+    tested = cli.run(["test", *small, *losses, "--ckpt_path", str(tmp_path / "weights.ckpt")])
+    for model in (fitted.model, tested.model, IMAMLModule.load_from_checkpoint(tmp_path / "weights.ckpt")):
+        assert (model.loss.label_smoothing, model.query_loss.scale) == (0.1, 2.0)
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -264,6 +275,7 @@ def test_every_option_of_the_module_is_reachable_and_printed(capsys):
     assert given | {"backbone", "inner_solver", "estimator", "optimizer"} == options
     assert printed["on_bad_task"] == "skip"
     assert printed["adapt_only"] == ["classifier.*"]
+    assert printed["query_loss"]["init_args"] == {"scale": 2.5}
     assert printed["gradient_clip_val"] == 2.5
     expected = {"strength": {"features.*": 2.0, "*": 0.5}, "learned": True, "per": "layer", "bounds": [0.01, 10.0]}
     assert printed["regularizer"]["init_args"] == expected

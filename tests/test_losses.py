@@ -82,6 +82,18 @@ def test_labels_that_have_no_output_are_found():
         model.meta_gradient(bad)
 
 
+def test_the_plain_loss_may_be_named_and_older_checkpoints_say_nothing(tmp_path):
+    run = small_runs.trainer()
+    run.fit(small_runs.module(query_loss=F.cross_entropy), small_runs.loader(1))
+    run.save_checkpoint(tmp_path / "named.ckpt")
+    older = torch.load(tmp_path / "named.ckpt", weights_only=True)
+    del older["lightning_imaml"]["query_loss"]
+    torch.save(older, tmp_path / "older.ckpt")
+    for name in ("named", "older"):
+        loaded = IMAMLModule.load_from_checkpoint(tmp_path / f"{name}.ckpt", backbone=small_runs.network())
+        assert loaded.query_loss is None
+
+
 @pytest.mark.parametrize("name", ["loss", "query_loss"])
 def test_a_checkpoint_does_not_lose_a_loss_in_silence(name, tmp_path):
     run = small_runs.trainer()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_imaml.component import require
+
 
 class RandomAffine(nn.Module):
     """Turn, shift, scale and shear images about their centre, each by random numbers of its own.
 
-    The arguments are those of torchvision's ``RandomAffine``, which treats all images of a batch alike; in
-    :class:`PerSample` that takes the images one after the other, which is slow on a GPU. Pixels between others are
-    bilinear, those from outside are zero. The numbers are drawn on the CPU, so they are the same on every device.
+    The arguments are named as those of torchvision's ``RandomAffine``, which treats all images of a batch alike, and in
+    :class:`PerSample` takes them one after the other, which is slow on a GPU. Shifts are not rounded to whole pixels,
+    pixels between others are bilinear, those from outside are zero. The numbers are drawn on the CPU, and so are the
+    same on every device.
 
     Args:
         degrees: the largest angle, to either side.
@@ -36,11 +39,14 @@ class RandomAffine(nn.Module):
         p: float = 1.0,
     ) -> None:
         super().__init__()
-        _require("degrees", degrees, degrees >= 0, "zero or a positive angle")
-        _require("translate", translate, _pair(translate) and min(translate) >= 0, "two shares of zero or more")
-        _require("scale", scale, _pair(scale) and 0 < scale[0] <= scale[1], "a positive factor and a larger one")
-        _require("shear", shear, 0 <= shear < 90, "an angle from 0 to below 90 degrees")
-        _require("p", p, 0 <= p <= 1, "a probability from 0 to 1")
+        for name, angle, limit in (("degrees", degrees, 360), ("shear", shear, 90)):
+            fits = _numbers(angle) and 0 <= angle < limit
+            require(fits, self, name, f"one angle from 0 to below {limit} degrees", angle, "0 leaves it out.")
+        fits = _numbers(translate, 2) and min(translate) >= 0
+        require(fits, self, "translate", "two shares of zero or more", translate, "(0, 0) leaves it out.")
+        fits = _numbers(scale, 2) and 0 < scale[0] <= scale[1]
+        require(fits, self, "scale", "a positive factor and one no smaller", scale, "(1, 1) leaves it out.")
+        require(_numbers(p) and 0 <= p <= 1, self, "p", "a probability from 0 to 1", p, "1 changes every image.")
         self.degrees, self.translate, self.scale, self.shear, self.p = degrees, translate, scale, shear, p
 
     def forward(self, samples: Tensor) -> Tensor:
@@ -50,7 +56,9 @@ class RandomAffine(nn.Module):
                 f"RandomAffine: samples must be images [n, C, H, W] of floating-point numbers; found "
                 f"{list(samples.shape)} of {samples.dtype}. Convert them before, as data modules do with bytes."
             )
-        chosen, *drawn = torch.rand(6, len(samples)).to(samples.device).unbind()
+        if not samples.numel():
+            return samples
+        chosen, *drawn = torch.rand(6, len(samples), dtype=torch.float32).to(samples.device).unbind()
         angle, right, down, size, slant = drawn
         low, high = self.scale
         moved = affine(
@@ -85,17 +93,18 @@ def affine(images: Tensor, degrees: Tensor, right: Tensor, down: Tensor, scale: 
     inverse = torch.stack([cos - slope * sin, sin + slope * cos, -sin, cos], dim=-1).view(-1, 2, 2)
     inverse = inverse / scale.view(-1, 1, 1)
     # affine_grid's coordinates run from −1 to 1 over either side.
-    sides = images.new_tensor([width, height]) / 2
+    sides = degrees.new_tensor([width, height]) / 2
     shift = torch.stack([right * width, down * height], dim=-1).unsqueeze(-1)
     matrix = torch.cat([inverse * sides, -(inverse @ shift)], dim=-1) / sides.unsqueeze(-1)
-    grid = F.affine_grid(matrix.to(images.dtype), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    # A grid of 16 bits would be off by a part of a pixel, or more, and miss the image altogether.
+    pixels = images.to(torch.promote_types(images.dtype, torch.float32))
+    grid = F.affine_grid(matrix.to(pixels.dtype), list(images.shape), align_corners=False)
+    moved = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return moved.to(images.dtype)
 
 
-def _pair(value: Sequence[float]) -> bool:
-    return isinstance(value, tuple | list) and len(value) == 2
-
-
-def _require(name: str, value: object, holds: bool, requirement: str) -> None:
-    if not holds:
-        raise ValueError(f"RandomAffine: {name} must be {requirement}; found {value!r}. Leave it out for no effect.")
+def _numbers(value: object, count: int | None = None) -> bool:
+    """Whether this is a finite number, or so many of them."""
+    if count is None:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, tuple | list) and len(value) == count and all(map(_numbers, value))

@@ -50,7 +50,8 @@ class TaskDataModule(LightningDataModule):
         transform: applied to the inputs of every batch, on the device of the training: ``[n, ...]`` for the support
             samples of all tasks of a batch, then likewise for the query samples. It is called by the Trainer only.
         train_transform: likewise, in training only and before ``transform``. What it draws from PyTorch's random
-            generator depends on ``seed`` and on the number of the batch alone; see :class:`PerSample`.
+            generator depends on ``seed`` and on the number of the batch alone; see :class:`RandomAffine`, which
+            takes whole batches, and :class:`PerSample`.
         seed: the seed of the episodes.
         num_workers: loader processes; 0 is best for data in memory.
 

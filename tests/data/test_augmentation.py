@@ -89,15 +89,34 @@ def test_a_seed_decides_and_other_dtypes_keep_theirs():
     torch.testing.assert_close(run(pictures().double()).float(), once, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [84, 224])
+def test_images_of_16_bits_are_moved_as_precisely(dtype, size):
+    """Their own grid would have less than one step a pixel."""
+    samples = pictures(2, size, size).to(dtype)
+    torch.testing.assert_close(RandomAffine()(samples), samples, rtol=1e-2, atol=1e-3)
+    moves = torch.tensor([7.0, -12.0]), torch.tensor([0.1, 0.05]), torch.zeros(2), torch.ones(2), torch.zeros(2)
+    found = affine(samples, *moves)
+    assert found.dtype == dtype
+    assert torch.equal(found, affine(samples.float(), *moves).to(dtype))
+
+
+def test_no_images_stay_none():
+    assert RandomAffine(10.0)(pictures()[:0]).shape == (0, 3, 20, 28)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"degrees": -1.0}, "degrees must be zero or a positive angle; found -1.0"),
+        ({"degrees": -1.0}, "degrees must be one angle from 0 to below 360 degrees; found -1.0. 0 leaves it out."),
+        ({"degrees": (-10, 10)}, "degrees must be one angle"),
+        ({"degrees": float("inf")}, "degrees must be one angle"),
         ({"translate": (0.1,)}, "translate must be two shares"),
         ({"translate": (-0.1, 0.0)}, "translate must be two shares"),
         ({"scale": (0.0, 1.0)}, "scale must be a positive factor"),
         ({"scale": (1.2, 0.8)}, "scale must be a positive factor"),
-        ({"shear": 90.0}, "shear must be an angle"),
+        ({"scale": None}, "scale must be a positive factor"),
+        ({"shear": 90.0}, "shear must be one angle"),
         ({"p": 1.5}, "p must be a probability from 0 to 1; found 1.5"),
     ],
 )

@@ -40,7 +40,14 @@ def test_checkpoints_of_before_are_of_a_cpu():
     assert progress.devices == ["cpu"]
 
 
-@pytest.mark.parametrize(("devices", "said"), [(["cpu"], "20 images; a"), (["card", "cpu"], "20 images, on card; a")])
+@pytest.mark.parametrize(
+    ("devices", "said"),
+    [
+        (["cpu"], "20 images; a"),
+        (["card"], "20 images, on card; a"),
+        (["card", "cpu"], "20 images, on card and cpu; a"),
+    ],
+)
 def test_the_protocol_names_what_is_no_cpu(devices, said, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "Protocol", SimpleNamespace(of=lambda *_: "tested so"))
     monkeypatch.setattr(Episode, "of", lambda batch: batch)
