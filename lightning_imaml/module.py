@@ -74,8 +74,7 @@ class IMAMLModule(OuterStep):
             without tasks is not taken. Evaluation always raises: results without their worst tasks would flatter.
         eval_inner_solver: what adapts in validation, test, predict and :meth:`adapt`, such as more steps; None for
             ``inner_solver``.
-        query_loss: the outer loss, such as :class:`~lightning_imaml.losses.ScaledCrossEntropy`; None for ``loss``. An
-            :meth:`outer_loss` of a subclass takes its place.
+        query_loss: the outer loss, such as ``ScaledCrossEntropy``; None for ``loss``. An overridden outer_loss wins.
 
     Override :meth:`configure_backbone`, :meth:`inner_loss`, :meth:`outer_loss`, :meth:`configure_metrics` or
     :meth:`configure_optimizers` to change one thing.
@@ -186,8 +185,9 @@ class IMAMLModule(OuterStep):
         """Note what no hyper-parameter restores: the data's ways and shots, and which loss the weights belong to."""
         for name in self._of_data:
             checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).pop(name, None)
-        names = dict(zip(("loss", "query_loss"), map(_qualified_name, self._losses().values()), strict=True))
-        checkpoint["lightning_imaml"] = {**names, "data": dict(self._of_data)}
+        inner, outer = map(_qualified_name, self._losses().values())
+        losses = {"loss": inner} if outer == inner else {"loss": inner, "query_loss": outer}
+        checkpoint["lightning_imaml"] = {**losses, "data": dict(self._of_data)}
         if self._trainer is not None:
             checkpoint["lightning_imaml"]["outer_step"] = self.outer_state()
 
