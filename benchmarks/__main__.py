@@ -143,9 +143,7 @@ def main(args: list[str] | None = None) -> list[Row]:
     kind.add_argument("--check", type=Path, metavar="FILE", help="compare the ratios with those of this benchmark.csv")
     parser.add_argument("--tolerance", type=float, default=0.2, help="with --check: how far below is not worse yet")
     parser.add_argument("--compile", action="store_true", help="with --overhead and --scaling: compiled")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="of the comparison; float64 on the CPU"
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the comparison of sides")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("results"))
     options = parser.parse_args(args)
