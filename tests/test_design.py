@@ -39,6 +39,7 @@ NAMES = {
         "EpisodicDataModule", "GlyphDataModule", "OmniglotDataModule", "MiniImageNetDataModule", "CifarFSDataModule",
         "TieredImageNetDataModule", "CUBDataModule", "ImageFolderDataModule",
         "TasksetDataModule", "SinusoidDataModule", "LinearRegressionDataModule", "PerSample", "RandomAffine",
+        "Affine",
     ],
     "lightning_imaml.models": [
         "Conv4", "MLP", "ResNet12", "WideResNet", "SupportNorm", "use_batch_statistics", "use_support_statistics",

@@ -1,6 +1,6 @@
 """Data modules that draw few-shot episodes."""
 
-from lightning_imaml.data.augmentation import RandomAffine
+from lightning_imaml.data.augmentation import Affine, RandomAffine
 from lightning_imaml.data.base import PerSample, TaskDataModule
 from lightning_imaml.data.cifar_fs import CifarFSDataModule
 from lightning_imaml.data.cub import CUBDataModule
@@ -15,6 +15,7 @@ from lightning_imaml.data.tasksets import TasksetDataModule
 from lightning_imaml.data.tiered_imagenet import TieredImageNetDataModule
 
 __all__ = [
+    "Affine",
     "CUBDataModule",
     "CifarFSDataModule",
     "ClassPool",

@@ -1,4 +1,4 @@
-"""Random augmentation of a whole batch in one operation, each sample by random numbers of its own."""
+"""Affine transforms of a whole batch in one operation: by random numbers of each image, or all alike."""
 
 from __future__ import annotations
 
@@ -51,11 +51,7 @@ class RandomAffine(nn.Module):
 
     def forward(self, samples: Tensor) -> Tensor:
         """``[n, C, H, W]`` to the same shape."""
-        if samples.ndim != 4 or not samples.is_floating_point():
-            raise ValueError(
-                f"RandomAffine: samples must be images [n, C, H, W] of floating-point numbers; found "
-                f"{list(samples.shape)} of {samples.dtype}. Convert them before, as data modules do with bytes."
-            )
+        _require_images(self, samples)
         if not samples.numel():
             return samples
         chosen, *drawn = torch.rand(6, len(samples), dtype=torch.float32).to(samples.device).unbind()
@@ -70,6 +66,49 @@ class RandomAffine(nn.Module):
             (2 * slant - 1) * self.shear,
         )
         return torch.where((chosen < self.p).view(-1, 1, 1, 1), moved, samples)
+
+
+class Affine(nn.Module):
+    """Turn, shift, scale and shear all images alike, about their centre: for ``class_transforms``.
+
+    So a character that is slanted, or mirrored along a diagonal, is one more training class, as one turned by 90
+    degrees is in Santoro et al. (2016, arXiv 1605.06065).
+
+    Args:
+        degrees: the angle, clockwise.
+        translate: the shifts to the right and down, as shares of the width and of the height.
+        scale: the factor.
+        shear: the angle of the shear along the width, in degrees.
+        mirror: whether to mirror the images, left to right, after all this.
+
+    Raises:
+        ValueError: an argument is out of its range; in use, the samples are no images of floating-point numbers.
+    """
+
+    def __init__(
+        self,
+        degrees: float = 0.0,
+        translate: tuple[float, float] = (0.0, 0.0),
+        scale: float = 1.0,
+        shear: float = 0.0,
+        mirror: bool = False,
+    ) -> None:
+        super().__init__()
+        require(_numbers(degrees), self, "degrees", "one finite angle", degrees, "0 leaves it out.")
+        require(_numbers(translate, 2), self, "translate", "two shares", translate, "(0, 0) leaves it out.")
+        require(_numbers(scale) and scale > 0, self, "scale", "one positive factor", scale, "1 leaves it out.")
+        fits = _numbers(shear) and abs(shear) < 90
+        require(fits, self, "shear", "one angle between -90 and 90 degrees", shear, "0 leaves it out.")
+        self.degrees, self.translate, self.scale, self.shear, self.mirror = degrees, translate, scale, shear, mirror
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """``[n, C, H, W]`` to the same shape."""
+        _require_images(self, samples)
+        if not samples.numel():
+            return samples
+        numbers = (self.degrees, *self.translate, self.scale, self.shear)
+        moved = affine(samples, *torch.tensor(numbers, device=samples.device).view(5, 1).expand(5, len(samples)))
+        return moved.flip(-1) if self.mirror else moved
 
 
 def affine(images: Tensor, degrees: Tensor, right: Tensor, down: Tensor, scale: Tensor, shear: Tensor) -> Tensor:
@@ -101,6 +140,14 @@ def affine(images: Tensor, degrees: Tensor, right: Tensor, down: Tensor, scale: 
     grid = F.affine_grid(matrix.to(pixels.dtype), list(images.shape), align_corners=False)
     moved = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return moved.to(images.dtype)
+
+
+def _require_images(transform: nn.Module, samples: Tensor) -> None:
+    if samples.ndim != 4 or not samples.is_floating_point():
+        raise ValueError(
+            f"{type(transform).__name__}: samples must be images [n, C, H, W] of floating-point numbers; found "
+            f"{list(samples.shape)} of {samples.dtype}. Convert them before, as data modules do with bytes."
+        )
 
 
 def _numbers(value: object, count: int | None = None) -> bool:

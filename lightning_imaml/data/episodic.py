@@ -70,7 +70,7 @@ class EpisodicDataModule(TaskDataModule):
         rotations: whether in training each class turned by 90, 180 and 270 degrees is a class of its own.
         class_transforms: transforms under which each training class is one more class, by the name that its own gets:
             ``{"mirrored": torchvision.transforms.v2.functional.hflip}`` adds a class ``<class>/mirrored`` for each.
-            They take samples ``[n, ...]``, keep their shape and draw no random numbers.
+            They take samples ``[n, ...]``, keep their shape and draw no random numbers; :class:`Affine` is one.
         in_memory: whether to read all images of the given datasets once, and keep them as bytes.
         transform: applied to the inputs of every batch, on the device, see :class:`TaskDataModule`.
         train_transform: likewise, in training only and before ``transform``: random augmentation.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as images_one_by_one
 
-from lightning_imaml.data import RandomAffine, augmentation
+from lightning_imaml.data import Affine, RandomAffine, augmentation
 from lightning_imaml.data.augmentation import affine
 
 EVERYTHING = {"degrees": 20.0, "translate": (0.1, 0.2), "scale": (0.7, 1.3), "shear": 15.0}
@@ -125,7 +127,45 @@ def test_arguments_out_of_range_are_refused(settings, message):
         RandomAffine(**settings)
 
 
+@pytest.mark.parametrize("transform", [RandomAffine, Affine])
 @pytest.mark.parametrize("samples", [torch.zeros(2, 5), torch.zeros(2, 1, 4, 4, dtype=torch.uint8)])
-def test_other_samples_than_images_are_refused(samples):
-    with pytest.raises(ValueError, match="samples must be images"):
-        RandomAffine(10.0)(samples)
+def test_other_samples_than_images_are_refused(samples, transform):
+    with pytest.raises(ValueError, match=f"{transform.__name__}: samples must be images"):
+        transform(10.0)(samples)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_all_images_are_moved_alike(mirror):
+    samples = pictures()
+    before = torch.get_rng_state()
+    found = Affine(20.0, (0.1, -0.2), 1.3, -15.0, mirror)(samples)
+    expected = images_one_by_one.affine(
+        samples, 20.0, [0.1 * 28, -0.2 * 20], 1.3, [-15.0, 0.0], InterpolationMode.BILINEAR
+    )
+    expected = images_one_by_one.hflip(expected) if mirror else expected
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert Affine()(samples[:0]).shape == (0, 3, 20, 28)
+
+
+def test_a_mirrored_quarter_turn_mirrors_along_a_diagonal():
+    samples = pictures(2, 28, 28)
+    found = Affine(90.0, mirror=True)(samples), Affine(-90.0, mirror=True)(samples)
+    torch.testing.assert_close(found[0], samples.mT, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[1], samples.flip(-1, -2).mT, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"degrees": (-10, 10)}, "degrees must be one finite angle; found (-10, 10). 0 leaves it out."),
+        ({"degrees": float("nan")}, "degrees must be one finite angle; found nan"),
+        ({"translate": 0.1}, "translate must be two shares; found 0.1"),
+        ({"scale": 0.0}, "scale must be one positive factor; found 0.0"),
+        ({"scale": (0.8, 1.2)}, "scale must be one positive factor"),
+        ({"shear": -90.0}, "shear must be one angle between -90 and 90 degrees; found -90.0"),
+    ],
+)
+def test_what_no_affine_transform_is_made_of_is_refused(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Affine(**settings)
