@@ -184,8 +184,8 @@ an initialisation that adapts to a task of {row["ways"]} classes from {row["shot
 | --- | --- |
 | test accuracy | {row["accuracy"]:.2f} ± {row["interval95"]:.2f} % over {row["tasks"]} tasks (95 % interval) |
 | protocol | {row["protocol"]} |
-| training | {row["meta_steps"]} meta-steps, {row["minutes"]:.0f} minutes, {row["cores"]} core(s), seed {row["seed"]} |
-| code | commit {row["commit"]}, torch {row["torch"]} |
+| training | {row["meta_steps"]} meta-steps, {row["minutes"]:.0f} minutes, seed {row["seed"]} |
+| tested by | commit {row["commit"]}, torch {row["torch"]}, {row["cores"]} core(s) |
 | file | {weights.stat().st_size:,} bytes; weights and settings only, loads with `weights_only=True` |
 
 The number again, from the root of the repository:

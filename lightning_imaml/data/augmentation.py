@@ -75,10 +75,10 @@ class Affine(nn.Module):
     degrees is in Santoro et al. (2016, arXiv 1605.06065).
 
     Args:
-        degrees: the angle, clockwise.
+        degrees: the angle, clockwise, whereas ``rotations`` turn anticlockwise.
         translate: the shifts to the right and down, as shares of the width and of the height.
         scale: the factor.
-        shear: the angle of the shear along the width, in degrees.
+        shear: the angle of the shear along the width, in degrees; a positive one leans the top to the right.
         mirror: whether to mirror the images, left to right, after all this.
 
     Raises:
@@ -106,8 +106,11 @@ class Affine(nn.Module):
         _require_images(self, samples)
         if not samples.numel():
             return samples
-        numbers = (self.degrees, *self.translate, self.scale, self.shear)
-        moved = affine(samples, *torch.tensor(numbers, device=samples.device).view(5, 1).expand(5, len(samples)))
+        precise = torch.promote_types(samples.dtype, torch.float32)
+        numbers = torch.tensor(
+            [self.degrees, *self.translate, self.scale, self.shear], dtype=precise, device=samples.device
+        )
+        moved = affine(samples, *numbers.view(5, 1).expand(5, len(samples)))
         return moved.flip(-1) if self.mirror else moved
 
 
@@ -138,8 +141,7 @@ def affine(images: Tensor, degrees: Tensor, right: Tensor, down: Tensor, scale: 
     # A grid of 16 bits would be off by a part of a pixel, or more, and miss the image altogether.
     pixels = images.to(torch.promote_types(images.dtype, torch.float32))
     grid = F.affine_grid(matrix.to(pixels.dtype), list(images.shape), align_corners=False)
-    moved = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return moved.to(images.dtype)
+    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False).to(images.dtype)
 
 
 def _require_images(transform: nn.Module, samples: Tensor) -> None:

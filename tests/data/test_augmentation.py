@@ -148,6 +148,13 @@ def test_all_images_are_moved_alike(mirror):
     assert Affine()(samples[:0]).shape == (0, 3, 20, 28)
 
 
+def test_the_precision_is_that_of_the_images_and_at_least_32_bits():
+    samples = pictures(2, 28, 28).double()
+    torch.testing.assert_close(Affine(90, (0, 0), 1, 0)(samples), torch.rot90(samples, -1, (2, 3)))
+    moved = Affine(7.0, (0.1, 0.05), 1.1, 12.0)
+    assert torch.equal(moved(samples.half()), moved(samples.half().float()).half())
+
+
 def test_a_mirrored_quarter_turn_mirrors_along_a_diagonal():
     samples = pictures(2, 28, 28)
     found = Affine(90.0, mirror=True)(samples), Affine(-90.0, mirror=True)(samples)
@@ -163,7 +170,9 @@ def test_a_mirrored_quarter_turn_mirrors_along_a_diagonal():
         ({"translate": 0.1}, "translate must be two shares; found 0.1"),
         ({"scale": 0.0}, "scale must be one positive factor; found 0.0"),
         ({"scale": (0.8, 1.2)}, "scale must be one positive factor"),
+        ({"scale": -1.0}, "scale must be one positive factor; found -1.0"),
         ({"shear": -90.0}, "shear must be one angle between -90 and 90 degrees; found -90.0"),
+        ({"shear": 90.0}, "shear must be one angle between -90 and 90 degrees; found 90.0"),
     ],
 )
 def test_what_no_affine_transform_is_made_of_is_refused(settings, message):
