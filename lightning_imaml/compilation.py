@@ -1,8 +1,11 @@
-"""Functions of a batch of tasks through ``torch.compile``, where the user asked for it.
+"""Functions of a batch of tasks through PyTorch's compiler, Inductor, where the user asked for it.
 
 A function is first recorded as one flat graph of tensor operations, derivatives included
 (``torch.fx.experimental.proxy_tensor.make_fx``), and the graph is compiled. So whatever can be differentiated can be
 compiled, ``vmap`` and repeated differentiation too, and the code that runs without a compiler stays the only source.
+
+Not by ``torch.compile``: Dynamo has nothing left to do on a graph, and around each call it takes any Python code for a
+part of it, also the handler of a signal that comes in just then, which would end with an error before it has saved.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch._inductor
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -134,7 +138,7 @@ def _compiled(
     if known is None:
         leaves, structure = pytree.tree_flatten(batch.tensors())
         known = _known[batch] = _Known(leaves, structure, (batch.signature(), str(structure), _shapes(leaves)))
-    call = (name, _shapes(arguments), torch.is_grad_enabled(), _autocast_dtype(arguments[0].device.type))
+    call = (name, _shapes(arguments), _modes(arguments[0].device.type))
     try:
         hash((call, known.key))
     except TypeError as error:
@@ -272,7 +276,16 @@ class _Linear:
 
 
 def _inductor(graph: fx.GraphModule) -> Callable[..., Any]:
-    return torch.compile(graph, fullgraph=True, dynamic=False)
+    """A graph that is compiled when it meets tensors of another kind, and run."""
+    kinds: dict[Hashable, Callable[..., Any]] = {}
+
+    def call(*tensors: Tensor) -> Any:
+        kind = torch.is_grad_enabled(), _shapes(tensors)
+        if kind not in kinds:
+            kinds[kind] = torch._inductor.compile(graph, list(tensors))
+        return kinds[kind](*tensors)
+
+    return call
 
 
 def _compile_now(results: list[Tensor], example: list[Tensor]) -> None:
@@ -346,6 +359,12 @@ def _is_fused(node: fx.Node) -> bool:
 
 def _has(node: fx.Node, tag: torch.Tag) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and tag in node.target.tags
+
+
+def _modes(device: str) -> Hashable:
+    """What compiled code depends on besides its arguments."""
+    precision, exact = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    return torch.is_grad_enabled(), _autocast_dtype(device), precision, exact, torch.get_num_threads()
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:

@@ -103,8 +103,8 @@ def adapt(
         adapt_only: patterns over the names of trainable parameters (``*``, ``?``): those that match adapt, all others
             stay as they are. None adapts all.
         chunk_size: the most tasks at once, which bounds memory; None chooses it from the size of a task.
-        compile: run the inner loop and the linear solve through ``torch.compile``. Each new shape of batch takes about
-            a minute to compile. Where that fails, one warning says why, and all runs as without. Pass the same loss
+        compile: compile the inner loop and the linear solve by PyTorch's Inductor. Each new shape of batch takes about
+            a minute. Where that fails, one warning says why, and all runs as without. Pass the same loss
             object every time: another one is compiled anew.
         full_precision: leave ``torch.autocast``, and solve in float32 where the network's parameters have fewer bits.
             The results are float32 then, too. Otherwise everything runs in the precision that it finds.
@@ -277,8 +277,8 @@ def meta_gradient(
         adapt_only: patterns over the names of trainable parameters (``*``, ``?``): those that match adapt. The others,
             ω, are shared by all tasks, and have their gradient dF/dω in ``grads``. None adapts all.
         chunk_size: the most tasks at once, which bounds memory; None chooses it from the size of a task.
-        compile: run the inner loop and the linear solve through ``torch.compile``. Each new shape of batch takes about
-            a minute to compile. Where that fails, one warning says why, and all runs as without. Pass the same loss
+        compile: compile the inner loop and the linear solve by PyTorch's Inductor. Each new shape of batch takes about
+            a minute. Where that fails, one warning says why, and all runs as without. Pass the same loss
             object every time: another one is compiled anew.
         full_precision: leave ``torch.autocast``, and solve in float32 where the network's parameters have fewer bits.
             The results are float32 then, too. Otherwise everything runs in the precision that it finds.

@@ -65,7 +65,7 @@ class IMAMLModule(OuterStep):
         adapt_only: patterns over the backbone's parameter names, such as ``("classifier.*",)``: those that match adapt,
             and the others are meta-learned and the same for all tasks. None adapts all.
         chunk_size: the most tasks at once, which bounds memory; None chooses it from the size of a task.
-        compile: run all through ``torch.compile``, see :func:`lightning_imaml.functional.meta_gradient`.
+        compile: run all through PyTorch's compiler, see :func:`lightning_imaml.functional.meta_gradient`.
         solve_precision: what the inner loop, the linear solve and the meta-gradient compute in: "full", float32 or more
             whatever the Trainer's ``precision``, on a float32 copy where the parameters have fewer bits; or "trainer",
             the Trainer's own.

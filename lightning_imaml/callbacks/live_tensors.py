@@ -20,8 +20,8 @@ class LiveTensorBytes(TorchDispatchMode):
     give the same number. It sees through ``torch.func`` transforms and repeated differentiation.
 
     Not counted: scratch space that a kernel takes and returns within one operation, storages that existed before the
-    block (unless given to ``track``), sparse tensors and the insides of tensor subclasses. ``torch.compile`` falls
-    back to eager code in the block, so the count is that of the eager code. Every operation costs some
+    block (unless given to ``track``), sparse tensors and the insides of tensor subclasses. With ``compile=True``
+    the code runs uncompiled in the block, so the count is that of the eager code. Every operation costs some
     microseconds more in the block.
 
     Attributes:
