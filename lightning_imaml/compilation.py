@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 import time
 import warnings
 import weakref
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 # Below Lightning's logger, so that its handler shows compile times beside the Trainer's own messages.
 _log = logging.getLogger("lightning.pytorch.lightning_imaml")
 _MOST_KEPT = 256
+# PyTorch's compiler is one for all threads, which Dynamo would see to.
+_compiling = threading.RLock()
 # What makes it worth to cut a graph: the operations that take most of a network's time.
 _WORK = {getattr(torch.ops.aten, name) for name in ("convolution", "mm", "bmm", "addmm", "baddbmm")}
 
@@ -205,7 +208,7 @@ def _compile(
         return values
 
     begin = time.perf_counter()
-    with warnings.catch_warnings():
+    with _compiling, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Of the compiler about itself.
         graph = record(flat, example, matrix_form=batch.tasks > 1)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in example):
@@ -282,7 +285,8 @@ def _inductor(graph: fx.GraphModule) -> Callable[..., Any]:
     def call(*tensors: Tensor) -> Any:
         kind = torch.is_grad_enabled(), _shapes(tensors)
         if kind not in kinds:
-            kinds[kind] = torch._inductor.compile(graph, list(tensors))
+            with _compiling:
+                kinds[kind] = torch._inductor.compile(graph, list(tensors))
         return kinds[kind](*tensors)
 
     return call
@@ -362,9 +366,10 @@ def _has(node: fx.Node, tag: torch.Tag) -> bool:
 
 
 def _modes(device: str) -> Hashable:
-    """What compiled code depends on besides its arguments."""
+    """The state of PyTorch that a recorded graph or its compiled code depends on."""
     precision, exact = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    return torch.is_grad_enabled(), _autocast_dtype(device), precision, exact, torch.get_num_threads()
+    dtypes = torch.get_default_dtype(), _autocast_dtype(device)
+    return torch.is_grad_enabled(), *dtypes, precision, exact, torch.get_num_threads()
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:

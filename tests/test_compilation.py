@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import signal
 import weakref
 from dataclasses import dataclass
 
@@ -239,46 +238,6 @@ def test_compiled_strengths_and_step_sizes_of_each_weight_have_the_eager_gradien
     plain, compiled = (meta_gradient(net, episode, compile=compile, **settings) for compile in (False, True))
     assert all(kept.compiled is not None for kept in compilation._kept.values())
     same(plain, compiled)
-
-
-@pytest.mark.slow  # Compiles: nothing else tells whether what runs is safe.
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no timers to send signals")
-def test_the_handler_of_a_signal_runs_whenever_it_comes(tanh_net):
-    """As that of a Trainer which saves before it is preempted. Dynamo took one in a hundred for code to compile."""
-    handled = []
-
-    def handler(number, frame):
-        handled.append(sum(k for k in range(3)))
-
-    def run():
-        return meta_gradient(tanh_net, EPISODE, compile=True, **SETTINGS | {"estimator": Implicit()})
-
-    first = run()
-    before = signal.signal(signal.SIGALRM, handler)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 5e-4, 5e-4)
-        while len(handled) < 1000:
-            same(first, run())
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert set(handled) == {3}
-
-
-def test_compiled_code_follows_what_requires_a_gradient():
-    """A graph that first met vectors without one does not lose that of later ones."""
-    graph = torch.fx.symbolic_trace(lambda x: [x.sin() * 2])
-    compiled = compilation._inductor(graph)
-    x = torch.linspace(0, 1, 3, dtype=torch.float64)
-    (plain,) = compiled(x)
-    assert not plain.requires_grad
-    (tracked,) = compiled(x.clone().requires_grad_())
-    assert tracked.requires_grad
-    leaf = x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(compiled(leaf)[0].sum(), leaf)
-    torch.testing.assert_close(gradient, 2 * x.cos())
-    (strided,) = compiled(torch.stack([x, x], dim=1)[:, 0])
-    torch.testing.assert_close(strided, plain)
 
 
 def test_without_a_compiler_one_warning_and_the_same_results(monkeypatch, tanh_net):
