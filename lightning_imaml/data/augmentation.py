@@ -52,8 +52,6 @@ class RandomAffine(nn.Module):
     def forward(self, samples: Tensor) -> Tensor:
         """``[n, C, H, W]`` to the same shape."""
         _require_images(self, samples)
-        if not samples.numel():
-            return samples
         chosen, *drawn = torch.rand(6, len(samples), dtype=torch.float32).to(samples.device).unbind()
         angle, right, down, size, slant = drawn
         low, high = self.scale
@@ -104,8 +102,6 @@ class Affine(nn.Module):
     def forward(self, samples: Tensor) -> Tensor:
         """``[n, C, H, W]`` to the same shape."""
         _require_images(self, samples)
-        if not samples.numel():
-            return samples
         precise = torch.promote_types(samples.dtype, torch.float32)
         numbers = torch.tensor(
             [self.degrees, *self.translate, self.scale, self.shear], dtype=precise, device=samples.device
@@ -128,6 +124,8 @@ def affine(images: Tensor, degrees: Tensor, right: Tensor, down: Tensor, scale: 
     Returns:
         ``[n, C, H, W]``, bilinear and zero outside.
     """
+    if not images.numel():
+        return images
     height, width = images.shape[-2:]
     turn, slope = torch.deg2rad(degrees), torch.tan(torch.deg2rad(shear))
     cos, sin = torch.cos(turn), torch.sin(turn)
