@@ -32,6 +32,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_imaml import Episode, __version__, cli
+from lightning_imaml.allocator import keep_freed_memory
 from lightning_imaml.callbacks.protocol import Protocol
 from lightning_imaml.checkpoints import export_weights
 
@@ -227,6 +228,7 @@ def main(args: list[str] | None = None) -> Row:
         parser.error(f"--ways and --shots must be a setting of table {options.table}, {there}; found {setting}")
     if options.tasks < 600:
         parser.error(f"--tasks must be at least 600, as for all results here; found {options.tasks}")
+    keep_freed_memory()
     extra = [] if options.config is None else [options.config.resolve()]
     row = reproduce(
         Run(

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 # Importing the families registers their members, so that configurations can name them without their module.
 from lightning_imaml import callbacks, curvature, data, inner, linear, losses, meta_gradients, models, regularizers
+from lightning_imaml.allocator import keep_freed_memory
 from lightning_imaml.module import IMAMLModule
 
 
@@ -154,4 +155,5 @@ def run(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
 
 def main() -> None:
     """What the ``lightning-imaml`` command calls."""
+    keep_freed_memory()
     run()

@@ -15,10 +15,10 @@ from types import ModuleType
 from typing import Any
 
 MODULES = (
-    "lightning_imaml", "lightning_imaml.callbacks", "lightning_imaml.checkpoints", "lightning_imaml.cli",
-    "lightning_imaml.curvature", "lightning_imaml.data", "lightning_imaml.functional", "lightning_imaml.inner",
-    "lightning_imaml.linear", "lightning_imaml.losses", "lightning_imaml.meta_gradients", "lightning_imaml.metrics",
-    "lightning_imaml.models", "lightning_imaml.regularizers",
+    "lightning_imaml", "lightning_imaml.allocator", "lightning_imaml.callbacks", "lightning_imaml.checkpoints",
+    "lightning_imaml.cli", "lightning_imaml.curvature", "lightning_imaml.data", "lightning_imaml.functional",
+    "lightning_imaml.inner", "lightning_imaml.linear", "lightning_imaml.losses", "lightning_imaml.meta_gradients",
+    "lightning_imaml.metrics", "lightning_imaml.models", "lightning_imaml.regularizers",
 )  # fmt: skip
 
 

@@ -45,6 +45,7 @@ NAMES = {
         "Conv4", "MLP", "ResNet12", "WideResNet", "SupportNorm", "use_batch_statistics", "use_support_statistics",
         "add_low_rank_adapters", "Checkpointed",
     ],
+    "lightning_imaml.allocator": ["keep_freed_memory"],
     "lightning_imaml.checkpoints": ["AtomicCheckpointIO", "export_weights"],
     "lightning_imaml.losses": ["ScaledCrossEntropy"],
     "lightning_imaml.metrics": [
@@ -77,7 +78,7 @@ def test_no_file_is_long(path):
 
 # Each room may import from the rooms before it.
 ROOMS = [
-    "_version", "arguments", "component", "layout", "positive", "phases", "episodes", "bad_tasks", "attention",
+    "_version", "allocator", "arguments", "component", "layout", "positive", "phases", "episodes", "bad_tasks", "attention",
     "float32", "random_states", "regularizers", "matrix_form", "recording", "compilation", "over_tasks", "support_set",
     "tasks", "ranks", "chunks", "losses", "curvature", "linear", "inner", "meta_gradients", "preparation", "functional",
     "metrics", "meta_steps", "outer_state", "outer_step", "checkpoints", "module", "callbacks", "data", "models",

@@ -1,0 +1,74 @@
+"""keep_freed_memory: the kernel's own count of page faults says whether it works."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from lightning_imaml import allocator, cli
+
+# Twenty times 20 tensors of 4 MiB, of which a process with glibc's defaults maps most pages anew each time.
+FAULTS = """
+import resource, sys, torch
+from lightning_imaml.allocator import keep_freed_memory
+took_effect = keep_freed_memory() if sys.argv[1] == "kept" else None
+def work(times):
+    for _ in range(times):
+        tensors = [torch.empty(2**20).fill_(1) for _ in range(20)]
+        del tensors
+work(3)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+work(20)
+print(took_effect, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+
+
+def faults(side: str, **settings: str) -> tuple[str, int]:
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, side], env=environment | settings, capture_output=True, text=True, check=True
+    )
+    took_effect, count = done.stdout.split()
+    return took_effect, int(count)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's allocator that is set")
+def test_memory_that_is_freed_is_used_again_without_page_faults():
+    pages = 20 * 20 * 2**22 // os.sysconf("SC_PAGE_SIZE")
+    _, default = faults("default")
+    took_effect, kept = faults("kept")
+    assert took_effect == "True"
+    assert default > pages / 2
+    assert kept < pages / 100
+
+
+@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_what_the_user_has_set_stays(monkeypatch, name):
+    for other in SETTINGS:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "")
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: pytest.fail("the allocator was set"))
+    assert not allocator.keep_freed_memory()
+
+
+@pytest.mark.parametrize(("system", "library"), [("darwin", None), ("win32", None), ("linux", object())])
+def test_other_allocators_are_left_alone(monkeypatch, system, library):
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: library or pytest.fail("there is no glibc"))
+    assert not allocator.keep_freed_memory()
+
+
+def test_the_command_line_calls_it_before_all_else(monkeypatch):
+    called = []
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: called.append("keep_freed_memory"))
+    monkeypatch.setattr(cli, "run", lambda: called.append("run"))
+    cli.main()
+    assert called == ["keep_freed_memory", "run"]
