@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 LEARN2LEARN := $(VENV)/.learn2learn
 SPHINX := $(VENV)/.sphinx
 DIST := $(VENV)/.dist
+# One process of tests a core, of one thread each: threads of two processes on the same core wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 # Options of `make benchmark`, such as --check docs/results/benchmark.csv.
 BENCHMARK ?=
 
@@ -43,10 +45,10 @@ test: $(LEARN2LEARN)  ## Lint, types and all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95
+	$(PYTEST) --cov --cov-report=term --cov-fail-under=95
 
 fast: $(LEARN2LEARN)  ## The tests that are not slow
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(STAMP)  ## Lint and types
 	$(BIN)/ruff check .

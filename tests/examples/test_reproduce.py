@@ -344,17 +344,18 @@ def test_the_settings_of_long_trainings_keep_a_moving_average(tuned, capsys):
 
 
 def test_cards_of_published_weights_name_their_configurations():
-    """From the root of the repository, whose files they are; and every model has one, with its newest number."""
+    """From the root of the repository, whose files they are; and the newest model of every entry has one."""
     results = reproduce.ROOT / "docs" / "results"
-    cards = sorted((results / "weights").glob("*.md"))
-    newest = {(r["method"], r["seed"], r["protocol"]): r for r in _results.read(results / "results.csv")}
-    assert len(cards) == len(newest)
-    numbers = {f"{float(row['accuracy']):.2f} ± {float(row['interval95']):.2f} %" for row in newest.values()}
-    for card in cards:
-        text = card.read_text()
-        assert any(number in text for number in numbers), card
-        words = text.split()
-        named = [after for word, after in pairwise(words) if word in ("--config", "--ckpt_path")]
+    rows = _results.read(results / "results.csv")
+    number = {id(r): f"{float(r['accuracy']):.2f} ± {float(r['interval95']):.2f} %" for r in rows}
+    texts = {card: card.read_text() for card in sorted((results / "weights").glob("*.md"))}
+    for row in {(r["table"], r["method"], r["ways"], r["shots"]): r for r in rows}.values():
+        assert any(row["protocol"] in text and number[id(row)] in text for text in texts.values()), row
+    newest = {r["protocol"]: r for r in rows}
+    for card, text in texts.items():
+        (row,) = (row for protocol, row in newest.items() if f"| {protocol} |" in text)
+        assert number[id(row)] in text, card
+        named = [after for word, after in pairwise(text.split()) if word in ("--config", "--ckpt_path")]
         assert len(named) >= 2
         assert all((reproduce.ROOT / name).is_file() for name in named), card
 
