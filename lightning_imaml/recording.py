@@ -60,9 +60,18 @@ def require_own_derivative(graph: Flat, function: Flat, example: Sequence[Tensor
     Raises:
         NotImplementedError: the derivatives differ.
     """
+    # At one point rounding may carry a unit over a ReLU's kink in one of the two; what is missing is so at all points.
+    if not any(_same_derivative(graph, function, example, eps, first) for first in (1, 2, 3)):
+        raise NotImplementedError(
+            "what it records has another derivative, as where a network calls detach() or no_grad(), or has an "
+            "autograd.Function"
+        )
+
+
+def _same_derivative(graph: Flat, function: Flat, example: Sequence[Tensor], eps: float, first: int) -> bool:
     # Not at the values themselves, where zeros, as of a new network's biases, would hide much.
     points = [
-        (t.detach() * (1 + 0.1 * _waves(t)) + 0.01 * _waves(t)).requires_grad_() if t.requires_grad else t
+        (t.detach() * (1 + 0.1 * _waves(t, first)) + 0.01 * _waves(t, first)).requires_grad_() if t.requires_grad else t
         for t in example
     ]
     meta, device = [point for point in points if point.requires_grad], example[0].device
@@ -77,17 +86,15 @@ def require_own_derivative(graph: Flat, function: Flat, example: Sequence[Tensor
     with BaseTorchDispatchMode():  # type: ignore[no-untyped-call]
         own, recorded = slopes(function), slopes(graph)
     floor = 100 * eps * torch.stack([slope.norm() for slope in own]).norm()
-    for slope, found in zip(own, recorded, strict=True):
-        if not (found - slope).norm() <= eps**0.5 * slope.norm() + floor:
-            raise NotImplementedError(
-                "what it records has another derivative, as where a network calls detach() or no_grad(), or has an "
-                "autograd.Function"
-            )
+    return all(
+        bool((found - slope).norm() <= eps**0.5 * slope.norm() + floor)
+        for slope, found in zip(own, recorded, strict=True)
+    )
 
 
-def _waves(like: Tensor) -> Tensor:
+def _waves(like: Tensor, first: int = 1) -> Tensor:
     """Numbers in −1 … 1 without a pattern that a network could share."""
-    return torch.arange(1, like.numel() + 1, device=like.device).sin().to(like.dtype).view(like.shape)
+    return torch.arange(first, like.numel() + first, device=like.device).sin().to(like.dtype).view(like.shape)
 
 
 def _with_any_strides(graph: fx.GraphModule) -> fx.GraphModule:

@@ -139,14 +139,14 @@ def adapted_head(net, episode, compile):
 
 @pytest.mark.parametrize("kind", [Body, InPlaceBody, InPlace])
 def test_features_are_computed_once_where_the_head_alone_adapts(kind, runs):
-    """Once to compile and once for the batch, for the steps and for the residual each."""
+    """Once to compile and once for the batch; the residual takes what the steps take."""
     torch.manual_seed(0)
     net = kind().double()
-    for seed, count in ((0, 4), (1, 6)):
+    for seed, count in ((0, 2), (1, 3)):
         episode = regression_episode(seed=seed)
         torch.testing.assert_close(adapted_head(net, episode, True), adapted_head(net, episode, False))
         assert runs_with(runs, "sort") == count
-    assert max(runs.values()) == 1 + 2 * 9
+    assert max(runs.values()) == 1 + 2 * (9 + 1)
 
 
 def test_features_that_change_from_step_to_step_are_computed_in_each(runs):

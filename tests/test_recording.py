@@ -14,6 +14,7 @@ from lightning_imaml.functional import meta_gradient
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.meta_gradients import Implicit, Unrolled
+from lightning_imaml.recording import _waves, require_own_derivative
 from lightning_imaml.regularizers import Proximal
 
 EPISODE = regression_episode()
@@ -94,7 +95,28 @@ def test_steps_through_a_network_that_cuts_its_gradient_are_not_compiled(cut, ta
     recorded.clear()
     settings = SETTINGS | {"estimator": Implicit(ConjugateGradient(5))}
     same(*(meta_gradient(net, episode, compile=compile, **settings) for compile in (False, True)))
-    assert len(recorded) == 4  # All of it: what is implicit is not differentiated once more.
+    # All of it, for what is implicit is not differentiated once more; the residual had the steps' gradient compiled.
+    assert len(recorded) == 3
+
+
+@pytest.mark.parametrize("elsewhere", [1.0, 1.001])
+def test_a_kink_at_one_of_the_points_is_no_other_derivative(elsewhere):
+    """As where rounding decides on which side of a ReLU's kink a unit is; another slope is one at all points."""
+    at = torch.ones(1, dtype=torch.float64)
+    kink = at * (1 + 0.1 * _waves(at)) + 0.01 * _waves(at)  # The first point that is tried.
+    before = torch.nextafter(kink, at)
+
+    def function(x):
+        return [10 * x + torch.relu(x - kink)]
+
+    def graph(x):
+        return [elsewhere * 10 * x + torch.relu(x - before)]
+
+    if elsewhere == 1:
+        require_own_derivative(graph, function, [at.requires_grad_()], 1e-16)
+    else:
+        with pytest.raises(NotImplementedError, match="another derivative"):
+            require_own_derivative(graph, function, [at.requires_grad_()], 1e-16)
 
 
 def test_steps_through_dropout_are_compiled_with_their_derivative(recorded):

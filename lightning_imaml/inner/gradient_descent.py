@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_imaml import compilation
 from lightning_imaml.inner.base import State, StepSizes
 from lightning_imaml.positive import Bounds, Per, Value
 from lightning_imaml.tasks import InnerProblem
@@ -49,9 +48,6 @@ class GradientDescent(StepSizes):
 
     def step(self, problem: InnerProblem, state: State) -> tuple[State, Tensor]:
         """One gradient step for all tasks."""
-        following, gradient = compilation.run(self._descend, problem, *state, repeated=True)
-        return (following,), gradient
-
-    def _descend(self, problem: InnerProblem, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        gradient = problem.gradient(parameters)
-        return self.descend(problem, parameters, gradient), gradient
+        (parameters,) = state
+        gradient = problem.gradient(parameters)  # Compiled by itself, it is the one that the residual takes, too.
+        return (self.descend(problem, parameters, gradient),), gradient
