@@ -4,7 +4,7 @@ What a process has set in its allocator cannot be set back to the defaults, so t
 here; they take turns, one of each in every round, and the ratio is that of the medians over all rounds. The tasks are
 random images of Omniglot's size, the network is Conv4-64, on a CPU.
 
-    python -m benchmarks.allocator [--rounds 5]
+    python -m benchmarks.allocator [--rounds 3]
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main(args: list[str] | None = None) -> list[Row]:
     options = parser.parse_args(args)
     if options.side:
         if options.side == "kept" and not keep_freed_memory():
-            parser.error("the allocator must be glibc's, without settings in the environment: unset MALLOC_* variables")
+            parser.error("it must be glibc's malloc, without settings of the user: unset MALLOC_* and GLIBC_TUNABLES")
         print(json.dumps(measure(WORKLOADS[options.workload], options.compile, options.repeats)))
         return []
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, Conv4-64, float32")

@@ -15,6 +15,8 @@ from lightning_imaml.matrix_form import MatrixForm
 from lightning_imaml.random_states import random_states, set_random_states
 
 Flat = Callable[..., Sequence[Tensor]]
+# What a unit on the other side of its kink may change in a derivative; on Conv4-64, 0.003 was seen.
+_KINK = 0.05
 """Takes tensors, gives tensors."""
 
 # Autograd detaches what it saves for its derivatives. PyTorch 2.6 records that too, as newer versions did
@@ -60,15 +62,21 @@ def require_own_derivative(graph: Flat, function: Flat, example: Sequence[Tensor
     Raises:
         NotImplementedError: the derivatives differ.
     """
-    # At one point rounding may carry a unit over a ReLU's kink in one of the two; what is missing is so at all points.
-    if not any(_same_derivative(graph, function, example, eps, first) for first in (1, 2, 3)):
-        raise NotImplementedError(
-            "what it records has another derivative, as where a network calls detach() or no_grad(), or has an "
-            "autograd.Function"
-        )
+    # Rounding may carry a unit over a ReLU's kink in one of the two: a small difference, and not at the next point.
+    for first in (1, 2, 3):
+        difference = _difference(graph, function, example, eps, first)
+        if difference <= eps**0.5:
+            return
+        if not difference <= _KINK:
+            break
+    raise NotImplementedError(
+        "what it records has another derivative, as where a network calls detach() or no_grad(), or has an "
+        "autograd.Function"
+    )
 
 
-def _same_derivative(graph: Flat, function: Flat, example: Sequence[Tensor], eps: float, first: int) -> bool:
+def _difference(graph: Flat, function: Flat, example: Sequence[Tensor], eps: float, first: int) -> float:
+    """Of the two derivatives, relative to the function's own, at the point whose waves begin with ``first``."""
     # Not at the values themselves, where zeros, as of a new network's biases, would hide much.
     points = [
         (t.detach() * (1 + 0.1 * _waves(t, first)) + 0.01 * _waves(t, first)).requires_grad_() if t.requires_grad else t
@@ -85,11 +93,14 @@ def _same_derivative(graph: Flat, function: Flat, example: Sequence[Tensor], eps
     # Where there is a dispatch mode nothing is compiled, so that parts of the function are not either.
     with BaseTorchDispatchMode():  # type: ignore[no-untyped-call]
         own, recorded = slopes(function), slopes(graph)
-    floor = 100 * eps * torch.stack([slope.norm() for slope in own]).norm()
-    return all(
-        bool((found - slope).norm() <= eps**0.5 * slope.norm() + floor)
+    set_random_states(states, device)  # Whatever comes next draws as if nothing had been compared.
+    floor = 100 * eps**0.5 * torch.stack([slope.norm() for slope in own]).norm()
+    tiny = torch.finfo(floor.dtype).tiny  # Where all slopes are zero, 0/0 would be no number.
+    differences = [
+        (found - slope).norm() / (slope.norm() + floor).clamp(min=tiny)
         for slope, found in zip(own, recorded, strict=True)
-    )
+    ]
+    return float(torch.stack(differences).nan_to_num(nan=torch.inf).max())
 
 
 def _waves(like: Tensor, first: int = 1) -> Tensor:

@@ -40,12 +40,36 @@ def faults(side: str, **settings: str) -> tuple[str, int]:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's allocator that is set")
 def test_memory_that_is_freed_is_used_again_without_page_faults():
-    pages = 20 * 20 * 2**22 // os.sysconf("SC_PAGE_SIZE")
     _, default = faults("default")
     took_effect, kept = faults("kept")
     assert took_effect == "True"
-    assert default > pages / 2
-    assert kept < pages / 100
+    assert default > 20 * 20 / 2  # For each tensor one at least, with the largest pages.
+    assert kept < default / 20
+
+
+@pytest.mark.parametrize(
+    ("most", "calls", "took_effect"),
+    [
+        (2**30, [(-3, 2**30), (-1, 2**30)], True),
+        (2**25, [(-3, 2**30), (-3, 2**25), (-1, 2**30)], True),
+        (0, [(-3, 2**30), (-3, 2**25)], False),
+    ],
+)
+def test_what_older_versions_refuse_leaves_nothing_half_set(monkeypatch, most, calls, took_effect):
+    """The trim threshold alone fixes the other one at 128 KiB."""
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    seen = []
+
+    class Library:
+        def mallopt(self, setting, value):
+            seen.append((setting, value))
+            return int(setting != -3 or value <= most)
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: Library())
+    assert allocator.keep_freed_memory() is took_effect
+    assert seen == calls
 
 
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import scipy.optimize
@@ -169,23 +167,6 @@ def test_hessian_free_never_increases_a_non_convex_objective(tanh_net, curvature
         assert (following <= value).all()
         value = following
     assert (value < 0.5 * first).all()
-
-
-def test_hessian_free_takes_no_value_of_g_twice(tanh_net, monkeypatch):
-    """The steps are those of one call each, which know nothing of one another."""
-    episode = regression_episode()
-    flat = FlatModel(tanh_net)
-    support = TaskLoss(flat, F.mse_loss, episode.support_inputs, episode.support_targets)
-    problem = InnerProblem(support, Proximal(1.0), flat.initial(), {})
-    alone = problem.start()
-    for _ in range(4):
-        alone = HessianFree(1, curvature=GaussNewton()).solve(problem, alone).parameters
-    seen, value = [], InnerProblem.value
-    monkeypatch.setattr(InnerProblem, "value", lambda self, rows: (seen.append(rows.clone()), value(self, rows))[1])
-    together = HessianFree(4, curvature=GaussNewton()).solve(problem, problem.start()).parameters
-    torch.testing.assert_close(together, alone, rtol=0, atol=0)
-    assert len(seen) >= 5
-    assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
 
 
 @pytest.mark.parametrize(

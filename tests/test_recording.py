@@ -99,24 +99,41 @@ def test_steps_through_a_network_that_cuts_its_gradient_are_not_compiled(cut, ta
     assert len(recorded) == 3
 
 
-@pytest.mark.parametrize("elsewhere", [1.0, 1.001])
-def test_a_kink_at_one_of_the_points_is_no_other_derivative(elsewhere):
-    """As where rounding decides on which side of a ReLU's kink a unit is; another slope is one at all points."""
+@pytest.mark.parametrize(
+    ("own", "recorded", "same"), [(100, 100, True), (100, 100.1, False), (10, 10, False)],
+    ids=["a small one at one point", "another slope at all", "a large one"],
+)  # fmt: skip
+def test_a_small_kink_at_one_of_the_points_is_no_other_derivative(own, recorded, same):
+    """As where rounding decides on which side of a ReLU's kink a unit is."""
     at = torch.ones(1, dtype=torch.float64)
     kink = at * (1 + 0.1 * _waves(at)) + 0.01 * _waves(at)  # The first point that is tried.
     before = torch.nextafter(kink, at)
 
-    def function(x):
-        return [10 * x + torch.relu(x - kink)]
+    def compare():
+        require_own_derivative(
+            lambda x: [recorded * x + torch.relu(x - before)], lambda x: [own * x + torch.relu(x - kink)],
+            [at.requires_grad_()], 1e-16,
+        )  # fmt: skip
 
-    def graph(x):
-        return [elsewhere * 10 * x + torch.relu(x - before)]
-
-    if elsewhere == 1:
-        require_own_derivative(graph, function, [at.requires_grad_()], 1e-16)
+    if same:
+        compare()
     else:
         with pytest.raises(NotImplementedError, match="another derivative"):
-            require_own_derivative(graph, function, [at.requires_grad_()], 1e-16)
+            compare()
+
+
+def test_the_comparison_takes_no_random_numbers_from_the_code_after_it():
+    at = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    require_own_derivative(lambda x: [F.dropout(x)], lambda x: [F.dropout(x)], [at], 1e-16)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_no_slope_at_all_is_the_same_slope():
+    at = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    require_own_derivative(lambda x: [0 * x], lambda x: [x - x], [at], 1e-16)
 
 
 def test_steps_through_dropout_are_compiled_with_their_derivative(recorded):

@@ -54,18 +54,21 @@ class HessianFree(SteppingSolver):
         require(self.cg_steps >= 1, self, "cg_steps", "at least 1", self.cg_steps, "The paper takes 5.")
 
     def init(self, problem: InnerProblem, parameters: Tensor) -> State:
-        """The state is (φ, G(φ)): where one step's line search ends the next one's begins."""
-        return parameters, problem.value(parameters)
+        """The state is the parameters alone."""
+        return (parameters,)
 
     def step(self, problem: InnerProblem, state: State) -> tuple[State, Tensor]:
         """One truncated Newton step for all tasks."""
-        parameters, start = state
+        (parameters,) = state
         linearization = self.curvature.linearize(problem, parameters)
         gradient = linearization.gradient
         newton = ConjugateGradient(self.cg_steps).solve(linearization.product, -gradient).value
         del linearization  # Its graph is not needed for the line search.
         direction = torch.where((newton == 0).all(dim=1, keepdim=True), -gradient, newton)
         slope = torch.linalg.vecdot(gradient, direction)
+        start = problem.value(
+            parameters
+        )  # Drawn anew where the network draws, or a lucky draw would stop a task for good.
         length = torch.ones_like(start)
         found = torch.zeros_like(start, dtype=torch.bool)
         for tries in range(1, _HALVINGS + 1):
@@ -75,5 +78,4 @@ class HessianFree(SteppingSolver):
                 break
             length = torch.where(found, length, length / 2)
         length = torch.where(found, length, 0)
-        following = torch.addcmul(parameters, length.unsqueeze(1), direction)
-        return (following, torch.where(found, reached, start)), gradient
+        return (torch.addcmul(parameters, length.unsqueeze(1), direction),), gradient
