@@ -66,9 +66,8 @@ class HessianFree(SteppingSolver):
         del linearization  # Its graph is not needed for the line search.
         direction = torch.where((newton == 0).all(dim=1, keepdim=True), -gradient, newton)
         slope = torch.linalg.vecdot(gradient, direction)
-        start = problem.value(
-            parameters
-        )  # Drawn anew where the network draws, or a lucky draw would stop a task for good.
+        # Not the last value of the step before: with dropout, a lucky draw would stop a task for good.
+        start = problem.value(parameters)
         length = torch.ones_like(start)
         found = torch.zeros_like(start, dtype=torch.bool)
         for tries in range(1, _HALVINGS + 1):
