@@ -12,8 +12,8 @@ import pytest
 
 from lightning_imaml import allocator, cli
 
-# Twenty times 20 tensors of 4 MiB. With glibc's defaults chance decides, by what lies at the end of the heap, whether their
-# pages are mapped anew each time; with its lowest threshold they are.
+# Twenty times 20 tensors of 4 MiB. With glibc's defaults chance decides, by what lies at the end of the heap, whether
+# their pages are mapped anew each time; with a low threshold they are.
 FAULTS = """
 import resource, sys, torch
 from lightning_imaml.allocator import keep_freed_memory
