@@ -30,10 +30,15 @@ print(took_effect, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch):
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+
+
 def faults(side: str, **settings: str) -> tuple[str, int]:
-    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     done = subprocess.run(
-        [sys.executable, "-c", FAULTS, side], env=environment | settings, capture_output=True, text=True, check=True
+        [sys.executable, "-c", FAULTS, side], env=os.environ | settings, capture_output=True, text=True, check=True
     )
     took_effect, count = done.stdout.split()
     return took_effect, int(count)
@@ -58,8 +63,6 @@ def test_memory_that_is_freed_is_used_again_without_page_faults():
 )
 def test_what_older_versions_refuse_leaves_nothing_half_set(monkeypatch, most, calls, took_effect):
     """The trim threshold alone fixes the other one at 128 KiB."""
-    for name in SETTINGS:
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
     seen = []
 
@@ -73,10 +76,8 @@ def test_what_older_versions_refuse_leaves_nothing_half_set(monkeypatch, most, c
     assert seen == calls
 
 
-@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"])
+@pytest.mark.parametrize("name", SETTINGS[:3])
 def test_what_the_user_has_set_stays(monkeypatch, name):
-    for other in SETTINGS:
-        monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, "")
     monkeypatch.setattr(ctypes, "CDLL", lambda path: pytest.fail("the allocator was set"))
     assert not allocator.keep_freed_memory()
@@ -84,8 +85,6 @@ def test_what_the_user_has_set_stays(monkeypatch, name):
 
 @pytest.mark.parametrize(("system", "library"), [("darwin", None), ("win32", None), ("linux", object())])
 def test_other_allocators_are_left_alone(monkeypatch, system, library):
-    for name in SETTINGS:
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(ctypes, "CDLL", lambda path: library or pytest.fail("there is no glibc"))
     assert not allocator.keep_freed_memory()
