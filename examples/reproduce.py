@@ -10,7 +10,7 @@ was killed had done since its last checkpoint, one an epoch, counts as not done.
     python examples/reproduce.py --table 3 --method maml --ways 5 --shots 1 --root MINI_IMAGENET --budget 120
 
 The configurations are that of the method, ``configs/omniglot_5way_1shot_<method>.yaml``, and the differences in
-``configs/settings`` that belong to the setting. ``--config FILE`` adds one more difference, such as another λ.
+``configs/settings`` that belong to the setting. ``--config FILE…`` adds more differences, such as another λ.
 """
 
 from __future__ import annotations
@@ -209,7 +209,11 @@ def main(args: list[str] | None = None) -> Row:
     parser.add_argument("--root", type=Path, required=True, help="the folder of the data")
     parser.add_argument("--budget", type=float, required=True, help="minutes of training, over all calls")
     parser.add_argument(
-        "--config", type=Path, help="one more difference to the configurations, whose name is kept: put it in configs/"
+        "--config",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="more differences to the configurations, in this order; the last one's name is kept: put it in configs/",
     )
     parser.add_argument(
         "--start",
@@ -229,13 +233,12 @@ def main(args: list[str] | None = None) -> Row:
     if options.tasks < 600:
         parser.error(f"--tasks must be at least 600, as for all results here; found {options.tasks}")
     keep_freed_memory()
-    extra = [] if options.config is None else [options.config.resolve()]
+    extra = [path.resolve() for path in options.config]
     row = reproduce(
         Run(
             options.table, DATASETS[options.table], options.method, *setting,
             [*configurations(options.table, options.method, *setting), *extra], options.budget, options.root,
-            options.seed, options.tasks, "" if options.config is None else options.config.stem, options.output,
-            options.logs, options.start,
+            options.seed, options.tasks, extra[-1].stem if extra else "", options.output, options.logs, options.start,
         )
     )  # fmt: skip
     rank_zero_info(f"{row['accuracy']:.2f} ± {row['interval95']:.2f} % after {row['meta_steps']} meta-steps")
