@@ -1,9 +1,9 @@
 """Hessian-free against gradient descent: evaluations until the inner problem is as stationary.
 
 Gradient descent takes the paper's 16 steps on 5-way 1-shot tasks. The Hessian-free solver then runs until each task's
-‖∇G‖ is as small. All that both evaluated is counted: gradients, products with the curvature, and values of G in the
-line search; and, for the mean task, the gradients and products until it was there. The network is fresh, or one that
-was meta-trained, whose tasks are of classes that it has not seen.
+‖∇G‖ is as small. All that both evaluated is counted: gradients, products with the curvature, and the values of G that
+the line search tries; and, for the mean task, the gradients and products until it was there. The network is fresh, or
+one that was meta-trained, whose tasks are of classes that it has not seen.
 
     python examples/hessian_free.py --root PATH   # Omniglot; without --root: the embedded letters
     python examples/hessian_free.py --root PATH --ckpt_path best.ckpt --cg-steps 5 2 --lrs 0.1 0.03
@@ -56,13 +56,13 @@ class CountingCurvature(Curvature):
     def expand(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
         """Linearise, counted."""
         COUNTS["gradients"] += 1
-        gradient, product = self.curvature.expand(problem, parameters)
+        value, gradient, product = self.curvature.expand(problem, parameters)
 
         def counted(vector: Tensor) -> Tensor:
             COUNTS["products"] += 1
             return product(vector)
 
-        return Linearization(gradient, counted)
+        return Linearization(value, gradient, counted)
 
 
 def network(ckpt_path: Path | None, seed: int) -> nn.Module:

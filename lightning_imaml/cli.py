@@ -93,8 +93,12 @@ def _parameters(called: Any) -> list[str]:
     return names
 
 
+# How to compute on this machine, not what: here the machine that the checkpoint comes from does not decide.
+_OF_THE_MACHINE = ("chunk_size", "compile")
+
+
 class CommandLine(LightningCLI):
-    """LightningCLI, which says which of the given settings a checkpoint's own have replaced."""
+    """LightningCLI, with a word on which of the module's settings win where a checkpoint has others."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Keep what is given, too."""
@@ -102,7 +106,7 @@ class CommandLine(LightningCLI):
         self._args = args
 
     def before_instantiate_classes(self) -> None:
-        """Warn of given settings of the module that lost."""
+        """Let given settings of the machine win; warn of the module's other given settings, which lost."""
         if self.subcommand is None or not self.config[self.subcommand].get("ckpt_path"):
             return
         if isinstance(self._args, dict | Namespace):
@@ -110,6 +114,9 @@ class CommandLine(LightningCLI):
         else:
             given = self.parser.parse_args(self._args, defaults=False)
         given, used = given[self.subcommand].get("model", {}), self.config[self.subcommand].model
+        for name, value in given.items():
+            if name.rpartition(".")[2] in _OF_THE_MACHINE:
+                used[name] = value
         lost = [
             f"{name}={value!r} (there {used.get(name)!r})" for name, value in given.items() if used.get(name) != value
         ]
@@ -124,7 +131,8 @@ def run(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
     """Run the command line in this process.
 
     With ``--ckpt_path``, the checkpoint's own settings of the module win over the command line's, as in any
-    LightningCLI; a warning names those that lost. Checkpoints are written by
+    LightningCLI, but for ``chunk_size`` and ``compile``, which belong to the machine; a warning names those that lost.
+    Checkpoints are written by
     :class:`~lightning_imaml.checkpoints.AtomicCheckpointIO`, unless ``--trainer.plugins`` names others. To keep what
     ``predict`` returns, add a ``lightning.pytorch.callbacks.BasePredictionWriter``.
 

@@ -106,23 +106,21 @@ def run(function: Callable[..., Any], batch: Tasks, *arguments: Tensor, repeated
     return compiled(*arguments, *known.once[compiled])
 
 
-def run_linear(
-    function: Callable[..., tuple[Tensor, Callable[[Tensor], Tensor]]], batch: Tasks, point: Tensor
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """``function(batch, point)``, which gives a value and a linear map, both compiled.
+def run_linear(function: Callable[..., tuple[Any, ...]], batch: Tasks, point: Tensor) -> tuple[Any, ...]:
+    """``function(batch, point)``, which gives tensors and, last, a linear map, all compiled.
 
     What the map's argument does not change is computed once for all its uses.
     """
 
-    def applied(batch: Tasks, point: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
-        value, product = function(batch, point)
-        return value, product(vector)
+    def applied(batch: Tasks, point: Tensor, vector: Tensor) -> tuple[Tensor, ...]:
+        *values, product = function(batch, point)
+        return *values, product(vector)
 
     compiled = _compiled(_name(function), applied, batch, (point, torch.empty_like(point)), _Linear)
     if compiled is None:
         return function(batch, point)
-    value, product = compiled(*_known[batch].leaves, point)
-    return value, product
+    result: tuple[Any, ...] = compiled(*_known[batch].leaves, point)
+    return result
 
 
 def _name(function: Callable[..., Any]) -> Hashable:
@@ -259,23 +257,24 @@ def _repeated(graph: fx.GraphModule, form: pytree.TreeSpec, example: list[Tensor
 
 
 class _Linear:
-    """A recorded function of (…, vector) with two results, cut where the vector comes in."""
+    """A recorded function of (…, vector), whose last result alone is linear in it, cut where the vector comes in."""
 
     def __init__(self, graph: fx.GraphModule, form: pytree.TreeSpec, example: list[Tensor], fixed: int) -> None:
-        (*inputs, vector), (value, result) = _ends(graph)
-        before, after = _cut(graph, _late(graph, [vector]), inputs, [vector], [value], [result])
-        self.before, self.after = _inductor(before), _inductor(after)
-        _, product = self(*example[:-1])
+        (*inputs, vector), (*values, result) = _ends(graph)
+        before, after = _cut(graph, _late(graph, [vector]), inputs, [vector], values, [result])
+        self.before, self.after, self.values = _inductor(before), _inductor(after), len(values)
+        *_, product = self(*example[:-1])
         product(example[-1])
 
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        value, *needed = self.before(*tensors)
+    def __call__(self, *tensors: Tensor) -> tuple[Any, ...]:
+        found = self.before(*tensors)
+        values, needed = found[: self.values], found[self.values :]
 
         def product(vector: Tensor) -> Tensor:
             result: list[Tensor] = self.after(vector, *needed)
             return result[0]
 
-        return value, product
+        return *values, product
 
 
 def _inductor(graph: fx.GraphModule) -> Callable[..., Any]:

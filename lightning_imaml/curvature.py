@@ -19,11 +19,13 @@ class Linearization(NamedTuple):
     """The inner objective G around one point.
 
     Attributes:
+        value: G, ``[T]``.
         gradient: ∇G, ``[T, D]``.
         product: v ↦ (curvature of G) v, both ``[T, D]``; holds the graph of one forward and one backward pass, which is
             freed with it.
     """
 
+    value: Tensor
     gradient: Tensor
     product: Callable[[Tensor], Tensor]
 
@@ -38,10 +40,10 @@ class Curvature(Component, ABC):
 
     def linearize(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
         """Linearise G around ``parameters``, ``[T, D]``."""
-        gradient, product = compilation.run_linear(self.expand, problem, parameters)
+        value, gradient, product = compilation.run_linear(self.expand, problem, parameters)
         if not self.damping:
-            return Linearization(gradient, product)
-        return Linearization(gradient, lambda vector: torch.add(product(vector), vector, alpha=self.damping))
+            return Linearization(value, gradient, product)
+        return Linearization(value, gradient, lambda vector: torch.add(product(vector), vector, alpha=self.damping))
 
     @abstractmethod
     def expand(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
@@ -70,8 +72,8 @@ class Hessian(Curvature):
         """Linearise G around ``parameters``, ``[T, D]``, with plain PyTorch."""
         with torch.enable_grad():
             point = parameters.detach().requires_grad_()
-            loss = problem.support.value(point).sum()
-            (gradient,) = torch.autograd.grad(loss, point, create_graph=True)
+            losses = problem.support.value(point)
+            (gradient,) = torch.autograd.grad(losses.sum(), point, create_graph=True)
 
         def product(vector: Tensor) -> Tensor:
             regular = _regularizer_product(problem, parameters, vector)
@@ -80,7 +82,7 @@ class Hessian(Curvature):
             (loss_product,) = torch.autograd.grad(gradient, point, vector, retain_graph=True, materialize_grads=True)
             return loss_product + regular
 
-        return Linearization(gradient.detach() + _regularizer_gradient(problem, parameters), product)
+        return _linearization(problem, parameters, losses, gradient, product)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ class GaussNewton(Curvature):
                     "Return one tensor, or use curvature=Hessian()."
                 )
             cut = outputs.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(problem.support.of(cut).sum(), cut, create_graph=True)
+            losses = problem.support.of(cut)
+            (slope,) = torch.autograd.grad(losses.sum(), cut, create_graph=True)
             (gradient,) = torch.autograd.grad(outputs, point, slope.detach(), retain_graph=True)
             # Jᵀw is linear in w, so that differentiating it in w gives J v without forward-mode differentiation.
             weight = torch.zeros_like(cut, requires_grad=True)
@@ -127,12 +130,17 @@ class GaussNewton(Curvature):
             (pulled,) = torch.autograd.grad(outputs, point, bent, retain_graph=True)
             return pulled + regular
 
-        return Linearization(gradient + _regularizer_gradient(problem, parameters), product)
+        return _linearization(problem, parameters, losses, gradient, product)
 
 
-def _regularizer_gradient(problem: InnerProblem, parameters: Tensor) -> Tensor:
+def _linearization(
+    problem: InnerProblem, parameters: Tensor, losses: Tensor, gradient: Tensor, product: Callable[[Tensor], Tensor]
+) -> Linearization:
+    """That of G, where value and gradient are those of L alone."""
+    at = (parameters, problem.initial, problem.strengths)
     with torch.no_grad():
-        return problem.regularizer.gradient(parameters, problem.initial, problem.strengths)
+        value, slope = problem.regularizer.penalty(*at), problem.regularizer.gradient(*at)
+    return Linearization(losses.detach() + value, gradient.detach() + slope, product)
 
 
 def _regularizer_product(problem: InnerProblem, parameters: Tensor, vector: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def test_fit_test_and_predict_leave_a_picture_a_table_and_a_checkpoint(small, tm
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_given_settings_that_a_checkpoint_replaces_are_named(small):
+def test_given_settings_that_a_checkpoint_replaces_are_named_and_those_of_the_machine_win(small):
     fitted = cli.run(["fit", *small])
     best = fitted.trainer.checkpoint_callback.best_model_path
     steps = ["--model.inner_solver.init_args.steps", "7"]
@@ -89,7 +89,11 @@ def test_given_settings_that_a_checkpoint_replaces_are_named(small):
     assert tested.model.inner_solver.steps == 2
     loaded = IMAMLModule.load_from_checkpoint(best, inner_solver=GradientDescent(lr=0.3, steps=7))
     assert loaded.inner_solver.steps == 7
-    cli.run(["test", *small, "--ckpt_path", best])  # Nothing to warn of: warnings are errors in these tests.
+    machine = ["--model.chunk_size", "2", "--model.compile", "true"]
+    # Nothing to warn of: warnings are errors in these tests.
+    assert not cli.run(["test", *small, "--ckpt_path", best]).model.compile_solves
+    tested = cli.run(["test", *small, *machine, "--ckpt_path", best])
+    assert (tested.model.chunk_size, tested.model.compile_solves) == (2, True)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

@@ -61,6 +61,10 @@ def test_products_equal_the_dense_matrix(case, curvature):
     torch.testing.assert_close(
         linearization.gradient, problem.gradient(point.detach()).detach(), rtol=1e-10, atol=1e-12
     )
+    for i in range(3):
+        outputs = functional_call(net, flat.unflatten(point[i]), (episode.support_inputs[i].double(),))
+        value = loss(outputs, episode.support_targets[i]) + 0.35 * (point[i] - flat.initial()).square().sum()
+        torch.testing.assert_close(linearization.value[i], value.detach())
     # One linearisation serves many products.
     torch.testing.assert_close(linearization.product(vector), product)
 

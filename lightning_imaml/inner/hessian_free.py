@@ -61,13 +61,11 @@ class HessianFree(SteppingSolver):
         """One truncated Newton step for all tasks."""
         (parameters,) = state
         linearization = self.curvature.linearize(problem, parameters)
-        gradient = linearization.gradient
+        start, gradient = linearization.value, linearization.gradient
         newton = ConjugateGradient(self.cg_steps).solve(linearization.product, -gradient).value
         del linearization  # Its graph is not needed for the line search.
         direction = torch.where((newton == 0).all(dim=1, keepdim=True), -gradient, newton)
         slope = torch.linalg.vecdot(gradient, direction)
-        # Not the last value of the step before: with dropout, a lucky draw would stop a task for good.
-        start = problem.value(parameters)
         length = torch.ones_like(start)
         found = torch.zeros_like(start, dtype=torch.bool)
         for tries in range(1, _HALVINGS + 1):

@@ -37,7 +37,7 @@ def test_counts_are_those_of_the_solvers(tmp_path, capsys):
         steps = row["gradients"]
         assert 1 <= steps <= 2
         assert row["products"] == 5 * steps
-        assert row["values"] >= 2 * steps  # Where a step sets out, and at least one try of its length.
+        assert row["values"] >= steps  # At least one try of its length; that where it sets out comes with the gradient.
         assert 6 <= row["mean_evaluations"] <= 6 * steps
         assert (row["reached"] == 1) == (row["largest_gradient_norm"] <= descent["largest_gradient_norm"]) or steps == 2
     with (tmp_path / "counts.csv").open() as file:

@@ -333,7 +333,8 @@ def test_the_papers_own_settings(file, ways, solver, capsys):
 def test_the_settings_of_long_trainings_keep_a_moving_average(tuned, capsys):
     table, ways = 3 if "mini_imagenet" in tuned.stem else 2, 20 if "20way" in tuned.stem else 5
     method = next((name for name in _results.METHODS if name in tuned.stem), "maml")
-    configs = [*reproduce.configurations(table, method, ways, 1), tuned]
+    common = [tuned.with_stem("omniglot_more_classes")] if "after omniglot_more_classes" in tuned.read_text() else []
+    configs = [*reproduce.configurations(table, method, ways, 1), *common, tuned]
     with pytest.raises(SystemExit):
         cli.run(["fit", *(text for path in configs for text in ("--config", str(path))), "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
@@ -390,9 +391,8 @@ def test_the_commit_is_that_of_the_code_or_else_the_version(tmp_path, monkeypatc
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
         return subprocess.run(["git", *who, *command], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
 
-    git("init")
-    git("add", ".")
-    git("commit", "-m", "first")
+    for command in (("init",), ("add", "."), ("commit", "-m", "first")):
+        git(*command)
     head = git("rev-parse", "--short", "HEAD").strip()
     (tmp_path / "README.md").write_text("no code")
     assert reproduce.commit() == head
