@@ -133,7 +133,7 @@ def reproduce(run: Run) -> Row:
             f"{minutes(trainer):.1f} minutes. Raise --budget, or lower data.batches_per_epoch."
         )
     export_weights(best, run.weights)
-    # A batch is of no effect on a task. So few tasks are tested before a compiler would be done.
+    # A batch is of no effect on a task. Over so few tasks, what a compiler saves hardly ever pays for its minute.
     how = [
         "--data.test_tasks", str(run.tasks), "--data.eval_tasks_per_batch", "20", "--model.compile", "false"
     ]  # fmt: skip
@@ -214,6 +214,7 @@ def main(args: list[str] | None = None) -> Row:
         "--config",
         type=Path,
         nargs="+",
+        action="extend",
         default=[],
         help="more differences to the configurations, in this order; the last one's name is kept: put it in configs/",
     )

@@ -94,7 +94,7 @@ def _parameters(called: Any) -> list[str]:
 
 
 # How to compute on this machine, not what: here the machine that the checkpoint comes from does not decide.
-_OF_THE_MACHINE = ("chunk_size", "compile")
+_OF_THE_MACHINE = ("init_args.chunk_size", "init_args.compile")
 
 
 class CommandLine(LightningCLI):
@@ -115,7 +115,7 @@ class CommandLine(LightningCLI):
             given = self.parser.parse_args(self._args, defaults=False)
         given, used = given[self.subcommand].get("model", {}), self.config[self.subcommand].model
         for name, value in given.items():
-            if name.rpartition(".")[2] in _OF_THE_MACHINE:
+            if name in _OF_THE_MACHINE and name in used:  # The checkpoint's class may not take it.
                 used[name] = value
         lost = [
             f"{name}={value!r} (there {used.get(name)!r})" for name, value in given.items() if used.get(name) != value
@@ -131,8 +131,8 @@ def run(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
     """Run the command line in this process.
 
     With ``--ckpt_path``, the checkpoint's own settings of the module win over the command line's, as in any
-    LightningCLI, but for ``chunk_size`` and ``compile``, which belong to the machine; a warning names those that lost.
-    Checkpoints are written by
+    LightningCLI, but for the arguments ``chunk_size`` and ``compile``, which belong to the machine; a warning names
+    those that lost. Checkpoints are written by
     :class:`~lightning_imaml.checkpoints.AtomicCheckpointIO`, unless ``--trainer.plugins`` names others. To keep what
     ``predict`` returns, add a ``lightning.pytorch.callbacks.BasePredictionWriter``.
 

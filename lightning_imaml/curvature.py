@@ -47,7 +47,7 @@ class Curvature(Component, ABC):
 
     @abstractmethod
     def expand(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
-        """What :meth:`linearize` compiles where the user asked for it, without damping."""
+        """What :meth:`linearize` compiles where the user asked for it: value, gradient and product, without damping."""
 
     def __post_init__(self) -> None:
         require(self.damping >= 0, self, "damping", "zero or positive", self.damping, "Use 0 for no damping.")

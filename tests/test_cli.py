@@ -80,7 +80,7 @@ def test_fit_test_and_predict_leave_a_picture_a_table_and_a_checkpoint(small, tm
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_given_settings_that_a_checkpoint_replaces_are_named_and_those_of_the_machine_win(small):
+def test_given_settings_that_a_checkpoint_replaces_are_named(small):
     fitted = cli.run(["fit", *small])
     best = fitted.trainer.checkpoint_callback.best_model_path
     steps = ["--model.inner_solver.init_args.steps", "7"]
@@ -89,11 +89,38 @@ def test_given_settings_that_a_checkpoint_replaces_are_named_and_those_of_the_ma
     assert tested.model.inner_solver.steps == 2
     loaded = IMAMLModule.load_from_checkpoint(best, inner_solver=GradientDescent(lr=0.3, steps=7))
     assert loaded.inner_solver.steps == 7
-    machine = ["--model.chunk_size", "2", "--model.compile", "true"]
-    # Nothing to warn of: warnings are errors in these tests.
-    assert not cli.run(["test", *small, "--ckpt_path", best]).model.compile_solves
-    tested = cli.run(["test", *small, *machine, "--ckpt_path", best])
-    assert (tested.model.chunk_size, tested.model.compile_solves) == (2, True)
+    cli.run(["test", *small, "--ckpt_path", best])  # Nothing to warn of: warnings are errors in these tests.
+
+
+class Chunked(torch.nn.Linear):
+    """A network whose own setting has the name of one of the module's."""
+
+    def __init__(self, chunk_size: int = 7) -> None:
+        super().__init__(chunk_size, 5)
+
+
+@pytest.fixture
+def instantiated(monkeypatch, tmp_path):
+    """The module that a command line makes for a checkpoint of such settings, without running anything."""
+    monkeypatch.setattr(cli.CommandLine, "_run_subcommand", lambda *_: None)
+    network = {"class_path": f"{__name__}.Chunked", "init_args": {"chunk_size": 7}}
+    settings = {"chunk_size": 5, "compile": True, "backbone": network, "_class_path": "lightning_imaml.IMAMLModule"}
+    torch.save({"hyper_parameters": settings}, tmp_path / "last.ckpt")
+    own = ["--model", "IMAMLModule", "--data", "GlyphDataModule", "--ckpt_path", str(tmp_path / "last.ckpt")]
+    return lambda *given: cli.run(["test", *own, *given]).model
+
+
+def test_a_checkpoints_settings_of_the_machine_yield_to_given_ones_alone(instantiated):
+    kept = instantiated()
+    assert (kept.chunk_size, kept.compile_solves) == (5, True)
+    given = instantiated("--model.chunk_size", "null", "--model.compile", "false")
+    assert (given.chunk_size, given.compile_solves) == (None, False)
+
+
+def test_a_networks_setting_of_the_same_name_stays_the_checkpoints(instantiated):
+    network = ["--model.backbone", f"{__name__}.Chunked", "--model.backbone.chunk_size", "9"]
+    with pytest.warns(UserWarning, match="replace those given"):
+        assert instantiated(*network).backbone.in_features == 7
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

@@ -61,6 +61,7 @@ class HessianFree(SteppingSolver):
         """One truncated Newton step for all tasks."""
         (parameters,) = state
         linearization = self.curvature.linearize(problem, parameters)
+        # Not the value that the last line search accepted: with dropout, a lucky draw would stop a task for good.
         start, gradient = linearization.value, linearization.gradient
         newton = ConjugateGradient(self.cg_steps).solve(linearization.product, -gradient).value
         del linearization  # Its graph is not needed for the line search.
