@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import TanhNet, class_episode, regression_episode
 from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
 
+from lightning_imaml import compilation
 from lightning_imaml.curvature import GaussNewton, Hessian
 from lightning_imaml.inner import HessianFree
 from lightning_imaml.regularizers import Proximal
@@ -67,6 +70,27 @@ def test_products_equal_the_dense_matrix(case, curvature):
         torch.testing.assert_close(linearization.value[i], value.detach())
     # One linearisation serves many products.
     torch.testing.assert_close(linearization.product(vector), product)
+
+
+@pytest.mark.parametrize("curvature", [Hessian(0.4), GaussNewton(0.4)], ids=str)
+def test_what_is_recorded_has_the_same_value_gradient_and_product(curvature, monkeypatch):
+    monkeypatch.setattr(compilation, "_inductor", lambda graph: graph)  # Cut, and run as it is.
+    net = TanhNet().double()
+    problem = problem_of(lambda o, t: F.mse_loss(o, t).sqrt(), regression_episode(3), net)  # Its slope takes its value.
+    support = replace(problem.support, model=FlatModel(net, compile=True))
+    point = problem.start() + 0.3
+    own, recorded = (curvature.linearize(p, point) for p in (problem, replace(problem, support=support)))
+    torch.testing.assert_close(recorded[:2], own[:2])
+    torch.testing.assert_close(recorded.product(point), own.product(point))
+
+
+def test_a_step_whose_first_try_is_accepted_takes_one_forward_pass_besides_the_linearisation(monkeypatch):
+    tried = []
+    value = InnerProblem.value
+    monkeypatch.setattr(InnerProblem, "value", lambda self, at: tried.append(at) or value(self, at))
+    problem = problem_of(F.mse_loss, regression_episode(3), torch.nn.Linear(3, 2).double())  # Convex and quadratic.
+    HessianFree(2, cg_steps=8).solve(problem, problem.start())
+    assert len(tried) == 2
 
 
 def test_damping_reaches_the_hessian_free_solver():

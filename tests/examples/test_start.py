@@ -56,3 +56,13 @@ def test_a_head_for_other_ways_begins_with_the_mean_class(tmp_path):
     for name, value in new.items():
         expected = old[name].numpy().mean(0)[None].repeat(3, 0) if name in heads else old[name].numpy()
         torch.testing.assert_close(value, torch.as_tensor(expected), rtol=1e-6, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("several", [["--config", "a.yaml", "b.yaml"], ["--config", "a.yaml", "--config", "b.yaml"]])
+def test_differences_keep_their_order_and_the_last_one_names_the_run(several, monkeypatch):
+    runs = []
+    monkeypatch.setattr(reproduce, "reproduce", lambda run: runs.append(run) or dict.fromkeys(
+        ("accuracy", "interval95", "meta_steps"), 0))  # fmt: skip
+    reproduce.main([*several, "--table", "2", "--method", "maml", "--root", "none", "--budget", "1"])
+    assert [path.name for path in runs[0].configs[-2:]] == ["a.yaml", "b.yaml"]
+    assert runs[0].variant == "b"
