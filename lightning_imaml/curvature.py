@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,10 +10,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lightning_imaml import compilation
 from lightning_imaml.component import Component, require
-from lightning_imaml.tasks import InnerProblem
+from lightning_imaml.tasks import InnerProblem, TaskLoss
+from lightning_imaml.trials import gives_the_same
+
+# PyTorch has a single level of dual numbers for all threads.
+_one_level = threading.RLock()
 
 
 class Linearization(NamedTuple):
@@ -105,7 +112,7 @@ class GaussNewton(Curvature):
 
     def expand(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
         """Linearise G around ``parameters``, ``[T, D]``, with plain PyTorch."""
-        with torch.enable_grad():
+        with problem.support.form(parameters), torch.enable_grad():
             point = parameters.detach().requires_grad_()
             outputs = problem.support.outputs(point)
             if not isinstance(outputs, Tensor):
@@ -117,20 +124,47 @@ class GaussNewton(Curvature):
             losses = problem.support.of(cut)
             (slope,) = torch.autograd.grad(losses.sum(), cut, create_graph=True)
             (gradient,) = torch.autograd.grad(outputs, point, slope.detach(), retain_graph=True)
-            # Jᵀw is linear in w, so that differentiating it in w gives J v without forward-mode differentiation.
-            weight = torch.zeros_like(cut, requires_grad=True)
-            (pullback,) = torch.autograd.grad(outputs, point, weight, create_graph=True)
+        push = _pushforward(problem.support, point, outputs)
 
         def product(vector: Tensor) -> Tensor:
             regular = _regularizer_product(problem, parameters, vector)
             if not slope.requires_grad:  # A loss that is linear in the outputs has no curvature.
                 return regular
-            (pushed,) = torch.autograd.grad(pullback, weight, vector, retain_graph=True)
-            (bent,) = torch.autograd.grad(slope, cut, pushed, retain_graph=True, materialize_grads=True)
+            (bent,) = torch.autograd.grad(slope, cut, push(vector), retain_graph=True, materialize_grads=True)
             (pulled,) = torch.autograd.grad(outputs, point, bent, retain_graph=True)
             return pulled + regular
 
         return _linearization(problem, parameters, losses, gradient, product)
+
+
+def _pushforward(support: TaskLoss, point: Tensor, outputs: Tensor) -> Callable[[Tensor], Tensor]:
+    """The map v ↦ J v, ``[T, D]`` to ``[T, n, ...]``, where J is the Jacobian of the outputs at ``point``."""
+
+    def forward(vector: Tensor) -> tuple[Tensor, Tensor]:
+        with _one_level, support.form(point), torch.no_grad(), forward_ad.dual_level():
+            dual = forward_ad.make_dual(point.detach(), vector)  # type: ignore[no-untyped-call]
+            value, tangent = forward_ad.unpack_dual(support.outputs(dual))  # type: ignore[no-untyped-call]
+        return value, torch.zeros_like(value) if tangent is None else tangent
+
+    # The network once more in forward mode costs less than the derivative of a derivative, but not to the compiler,
+    # which takes out what is needless there.
+    if get_proxy_mode() is None and gives_the_same(
+        support.model.module,
+        support.trial_key("forward mode"),
+        lambda: outputs,
+        lambda: forward(torch.zeros_like(point))[0],
+    ):
+        return lambda vector: forward(vector)[1]
+    with torch.enable_grad():
+        # Jᵀw is linear in w, and its derivative in w is J v.
+        weight = torch.zeros_like(outputs, requires_grad=True)
+        (pullback,) = torch.autograd.grad(outputs, point, weight, create_graph=True)
+
+    def reverse(vector: Tensor) -> Tensor:
+        (pushed,) = torch.autograd.grad(pullback, weight, vector, retain_graph=True)
+        return pushed
+
+    return reverse
 
 
 def _linearization(
