@@ -101,6 +101,10 @@ class GaussNewton(Curvature):
     (cross-entropy, squared error), Jᵀ H_out J is positive semi-definite everywhere; it equals ∇²L where the network is
     linear in its parameters or fits its support set exactly.
 
+    A product is one more pass of the network, in forward mode, and one pass back. Where forward mode does not give the
+    same, as for a network that draws random numbers or has an operation without a forward derivative, outputs are
+    differentiated twice instead, which takes longer; so is what is compiled, where it does not.
+
     Args:
         damping: times the identity, added to the matrix.
 
@@ -112,7 +116,7 @@ class GaussNewton(Curvature):
 
     def expand(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
         """Linearise G around ``parameters``, ``[T, D]``, with plain PyTorch."""
-        with problem.support.form(parameters), torch.enable_grad():
+        with problem.support.fast_form(parameters), torch.enable_grad():
             point = parameters.detach().requires_grad_()
             outputs = problem.support.outputs(point)
             if not isinstance(outputs, Tensor):
@@ -141,30 +145,32 @@ def _pushforward(support: TaskLoss, point: Tensor, outputs: Tensor) -> Callable[
     """The map v ↦ J v, ``[T, D]`` to ``[T, n, ...]``, where J is the Jacobian of the outputs at ``point``."""
 
     def forward(vector: Tensor) -> tuple[Tensor, Tensor]:
-        with _one_level, support.form(point), torch.no_grad(), forward_ad.dual_level():
+        with _one_level, support.fast_form(point), torch.no_grad(), forward_ad.dual_level():
             dual = forward_ad.make_dual(point.detach(), vector)  # type: ignore[no-untyped-call]
             value, tangent = forward_ad.unpack_dual(support.outputs(dual))  # type: ignore[no-untyped-call]
         return value, torch.zeros_like(value) if tangent is None else tangent
 
+    def by_reverse() -> Callable[[Tensor], Tensor]:
+        with torch.enable_grad():
+            # Jᵀw is linear in w, and its derivative in w is J v.
+            weight = torch.zeros_like(outputs, requires_grad=True)
+            (pullback,) = torch.autograd.grad(outputs, point, weight, create_graph=True)
+        return lambda vector: torch.autograd.grad(pullback, weight, vector, retain_graph=True)[0]
+
     # The network once more in forward mode costs less than the derivative of a derivative, but not to the compiler,
     # which takes out what is needless there.
-    if get_proxy_mode() is None and gives_the_same(
+    if get_proxy_mode() is not None:
+        return by_reverse()
+    some = torch.randn(point.shape, generator=torch.Generator().manual_seed(0)).to(point)
+    # Not the outputs alone: a derivative that was stopped (torch.no_grad, hooks) is not in forward mode.
+    if gives_the_same(
         support.model.module,
         support.trial_key("forward mode"),
-        lambda: outputs,
-        lambda: forward(torch.zeros_like(point))[0],
+        own=lambda: (outputs, by_reverse()(some)),
+        faster=lambda: forward(some),
     ):
         return lambda vector: forward(vector)[1]
-    with torch.enable_grad():
-        # Jᵀw is linear in w, and its derivative in w is J v.
-        weight = torch.zeros_like(outputs, requires_grad=True)
-        (pullback,) = torch.autograd.grad(outputs, point, weight, create_graph=True)
-
-    def reverse(vector: Tensor) -> Tensor:
-        (pushed,) = torch.autograd.grad(pullback, weight, vector, retain_graph=True)
-        return pushed
-
-    return reverse
+    return by_reverse()
 
 
 def _linearization(

@@ -267,7 +267,7 @@ class TaskLoss:
             )
         return losses
 
-    def form(self, parameters: Tensor) -> contextlib.AbstractContextManager[Any]:
+    def fast_form(self, parameters: Tensor) -> contextlib.AbstractContextManager[Any]:
         """Within the block the network has the form that is the fastest where nothing is differentiated twice."""
         # Several tasks are batched, and compiled rows have the channels innermost already. In float64, no convolution
         # gains by it.
@@ -376,13 +376,13 @@ class InnerProblem:
 
 def _value(problem: InnerProblem, parameters: Tensor) -> Tensor:
     penalty = problem.regularizer.penalty(parameters, problem.initial, problem.strengths)
-    with contextlib.nullcontext() if torch.is_grad_enabled() else problem.support.form(parameters):
+    with contextlib.nullcontext() if torch.is_grad_enabled() else problem.support.fast_form(parameters):
         return problem.support.value(parameters) + penalty
 
 
 def _gradient(problem: InnerProblem, parameters: Tensor) -> Tensor:
     create_graph = torch.is_grad_enabled()
-    with contextlib.nullcontext() if create_graph else problem.support.form(parameters), torch.enable_grad():
+    with contextlib.nullcontext() if create_graph else problem.support.fast_form(parameters), torch.enable_grad():
         point = parameters if parameters.requires_grad else parameters.detach().requires_grad_()
         # Tasks do not share rows, so the gradient of the sum holds each task's own gradient.
         (gradient,) = torch.autograd.grad(problem.support.value(point).sum(), point, create_graph=create_graph)

@@ -16,16 +16,16 @@ _found: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = weakref.Wea
 
 
 def gives_the_same(network: nn.Module, key: Hashable, own: Callable[[], Any], faster: Callable[[], Any]) -> bool:
-    """Whether a faster way gives the outputs that a network's own way gives; tried once for each key.
+    """Whether a faster way gives what a network's own way gives; tried once for each key.
 
     It does not for a network that draws random numbers, which draws others the second time, nor for one with an
     operation that the faster way lacks.
 
     Args:
-        network: whose outputs they are.
+        network: what is run.
         key: the way, and all that the answer may depend on.
-        own: gives the outputs.
-        faster: gives them the faster way, or raises a RuntimeError.
+        own: gives tensors.
+        faster: gives the same ones the faster way, or raises a RuntimeError.
     """
     known = _found.setdefault(network, {})
     if key not in known:

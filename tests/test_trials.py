@@ -62,6 +62,19 @@ class CubedNet(nn.Module):
         return self.second(Cubed.apply(self.first(values)))
 
 
+class StoppedNet(nn.Module):
+    """A part of it is not differentiated, which forward mode does not see."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, values):
+        with torch.no_grad():
+            hidden = torch.tanh(self.first(values))
+        return self.second(hidden + 0 * self.first(values))
+
+
 def problem_of(network, episode, chosen=slice(None)):
     flat = FlatModel(network)
     dtype = flat.dtype
@@ -101,7 +114,9 @@ def product_and_matrix(network, episode):
 def test_gauss_newton_products_equal_the_dense_matrix(network, shape, forward, monkeypatch):
     torch.manual_seed(0)
     answers = []
-    monkeypatch.setattr(curvature, "gives_the_same", lambda *args: answers.append(gives_the_same(*args)) or answers[-1])
+    monkeypatch.setattr(
+        curvature, "gives_the_same", lambda *args, **ways: answers.append(gives_the_same(*args, **ways)) or answers[-1]
+    )
     ways = 3 if len(shape) > 1 else 2
     product, vector, matrices = product_and_matrix(
         network.double(), class_episode(2, ways=ways, queries=1, shots=2, shape=shape)
@@ -142,6 +157,17 @@ def test_threads_may_multiply_side_by_side():
         torch.testing.assert_close(product, expected, rtol=1e-12, atol=1e-14)
 
 
+def test_a_stopped_derivative_stays_stopped():
+    torch.manual_seed(0)
+    network = StoppedNet().double()
+    problem = problem_of(network, class_episode(2, ways=2, queries=1, shots=2, shape=(3,)))
+    product = GaussNewton().linearize(problem, problem.start()).product
+    vector = problem.support.model.unflatten(torch.randn_like(problem.start()))
+    first = {name: part if "first" in name else torch.zeros_like(part) for name, part in vector.items()}
+    along = problem.support.model.flatten(first)
+    torch.testing.assert_close(product(along), 0.7 * along)  # λ alone.
+
+
 def layouts(network, run):
     """Whether each convolution's images had the channels innermost while something ran."""
     seen = []
@@ -180,8 +206,8 @@ def test_adaptation_is_that_without_it(solver, monkeypatch):
     torch.manual_seed(0)
     network = Conv4(3, filters=4, image_size=12)
     with_it = adapt(network, IMAGES.support_inputs, IMAGES.support_targets, inner_solver=solver, chunk_size=1)
-    monkeypatch.setattr(tasks, "gives_the_same", lambda *_: False)
-    monkeypatch.setattr(curvature, "gives_the_same", lambda *_: False)
+    monkeypatch.setattr(tasks, "gives_the_same", lambda *_, **ways: False)
+    monkeypatch.setattr(curvature, "gives_the_same", lambda *_, **ways: False)
     double = network.double()
     without = adapt(double, IMAGES.support_inputs.double(), IMAGES.support_targets, inner_solver=solver, chunk_size=1)
     for name, expected in without.parameters.items():

@@ -66,7 +66,7 @@ def query_gradient(query: TaskLoss, parameters: Tensor) -> tuple[Tensor, Any, Te
 
 
 def _query_gradient(query: TaskLoss, parameters: Tensor) -> tuple[Tensor, Any, Tensor, dict[str, Tensor]]:
-    with query.form(parameters), torch.enable_grad():
+    with query.fast_form(parameters), torch.enable_grad():
         point = parameters.detach().requires_grad_()
         shared = leaves(query.shared())
         outputs = query.with_shared(shared).outputs(point)
