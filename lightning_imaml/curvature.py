@@ -6,7 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,27 +150,22 @@ def _pushforward(support: TaskLoss, point: Tensor, outputs: Tensor) -> Callable[
             value, tangent = forward_ad.unpack_dual(support.outputs(dual))  # type: ignore[no-untyped-call]
         return value, torch.zeros_like(value) if tangent is None else tangent
 
-    def by_reverse() -> Callable[[Tensor], Tensor]:
-        with torch.enable_grad():
-            # Jᵀw is linear in w, and its derivative in w is J v.
-            weight = torch.zeros_like(outputs, requires_grad=True)
-            (pullback,) = torch.autograd.grad(outputs, point, weight, create_graph=True)
-        return lambda vector: torch.autograd.grad(pullback, weight, vector, retain_graph=True)[0]
+    def trial() -> tuple[Any, Any]:
+        vector = torch.randn(point.shape, generator=torch.Generator().manual_seed(0)).to(point)
+        value, pushed = forward(vector)
+        # (J v)ᵀ(J v) = vᵀ Jᵀ(J v): a derivative that is stopped (torch.no_grad, hooks) is not stopped in forward mode.
+        (pulled,) = torch.autograd.grad(outputs, point, pushed, retain_graph=True)
+        return (value, pushed.square().sum()), (outputs, (pulled * vector).sum())
 
     # The network once more in forward mode costs less than the derivative of a derivative, but not to the compiler,
     # which takes out what is needless there.
-    if get_proxy_mode() is not None:
-        return by_reverse()
-    some = torch.randn(point.shape, generator=torch.Generator().manual_seed(0)).to(point)
-    # Not the outputs alone: a derivative that was stopped (torch.no_grad, hooks) is not in forward mode.
-    if gives_the_same(
-        support.model.module,
-        support.trial_key("forward mode"),
-        own=lambda: (outputs, by_reverse()(some)),
-        faster=lambda: forward(some),
-    ):
+    if get_proxy_mode() is None and gives_the_same(support.model.module, support.trial_key("forward mode"), trial):
         return lambda vector: forward(vector)[1]
-    return by_reverse()
+    with torch.enable_grad():
+        # Jᵀw is linear in w, and its derivative in w is J v.
+        weight = torch.zeros_like(outputs, requires_grad=True)
+        (pullback,) = torch.autograd.grad(outputs, point, weight, create_graph=True)
+    return lambda vector: torch.autograd.grad(pullback, weight, vector, retain_graph=True)[0]
 
 
 def _linearization(

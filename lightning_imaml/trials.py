@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_imaml.random_states import random_states, set_random_states
 
 _found: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = weakref.WeakKeyDictionary()
 
 
-def gives_the_same(network: nn.Module, key: Hashable, own: Callable[[], Any], faster: Callable[[], Any]) -> bool:
-    """Whether a faster way gives what a network's own way gives; tried once for each key.
+def gives_the_same(network: nn.Module, key: Hashable, trial: Callable[[], tuple[Any, Any]]) -> bool:
+    """Whether a faster way gives what a network's own way gives; tried once for each key, unseen by counters.
 
     It does not for a network that draws random numbers, which draws others the second time, nor for one with an
     operation that the faster way lacks.
@@ -24,16 +25,17 @@ def gives_the_same(network: nn.Module, key: Hashable, own: Callable[[], Any], fa
     Args:
         network: what is run.
         key: the way, and all that the answer may depend on.
-        own: gives tensors.
-        faster: gives the same ones the faster way, or raises a RuntimeError.
+        trial: gives tensors the faster way, and the same ones the network's own way; raises a RuntimeError where the
+            faster way lacks an operation.
     """
     known = _found.setdefault(network, {})
     if key not in known:
         device = next(network.parameters()).device
         states = random_states(device)  # A resumed run, which tries again, goes on like one that was never stopped.
         try:
-            with torch.no_grad():
-                known[key] = all(map(_close, pytree.tree_leaves(faster()), pytree.tree_leaves(own())))
+            with torch.no_grad(), _disable_current_modes():
+                found, expected = map(pytree.tree_leaves, trial())
+                known[key] = all(map(_close, found, expected))
         except RuntimeError:
             known[key] = False
         finally:
