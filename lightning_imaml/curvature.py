@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import threading
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +18,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lightning_imaml import compilation
 from lightning_imaml.component import Component, require
+from lightning_imaml.stock_layers import has_stock_layers_alone
 from lightning_imaml.tasks import InnerProblem, TaskLoss
-from lightning_imaml.trials import gives_the_same
 
 # PyTorch has a single level of dual numbers for all threads.
 _one_level = threading.RLock()
@@ -28,8 +31,8 @@ class Linearization(NamedTuple):
     Attributes:
         value: G, ``[T]``.
         gradient: ∇G, ``[T, D]``.
-        product: v ↦ (curvature of G) v, both ``[T, D]``; holds the graph of one forward and one backward pass, which is
-            freed with it.
+        product: v ↦ (curvature of G) v, both ``[T, D]``; holds the graph of one forward pass and of what else it
+            differentiates again, which is freed with it.
     """
 
     value: Tensor
@@ -101,9 +104,9 @@ class GaussNewton(Curvature):
     (cross-entropy, squared error), Jᵀ H_out J is positive semi-definite everywhere; it equals ∇²L where the network is
     linear in its parameters or fits its support set exactly.
 
-    A product is one more pass of the network, in forward mode, and one pass back. Where forward mode does not give the
-    same, as for a network that draws random numbers or has an operation without a forward derivative, outputs are
-    differentiated twice instead, which takes longer; so is what is compiled, where it does not.
+    For networks of well-known layers alone (:mod:`lightning_imaml.models`, ``nn.Sequential`` of PyTorch's common ones)
+    a product is one more pass of the network, in forward mode, and one pass back. The outputs of others are
+    differentiated twice, which takes longer, as are those of compiled ones, where it does not.
 
     Args:
         damping: times the identity, added to the matrix.
@@ -116,9 +119,10 @@ class GaussNewton(Curvature):
 
     def expand(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
         """Linearise G around ``parameters``, ``[T, D]``, with plain PyTorch."""
-        with problem.support.fast_form(parameters), torch.enable_grad():
+        forward_mode = _has_forward_mode(problem.support)
+        with torch.enable_grad():
             point = parameters.detach().requires_grad_()
-            outputs = problem.support.outputs(point)
+            outputs = problem.support.outputs(point, once=forward_mode)
             if not isinstance(outputs, Tensor):
                 raise TypeError(
                     f"GaussNewton: the backbone's outputs must be one tensor; found {type(outputs).__name__}. "
@@ -128,7 +132,7 @@ class GaussNewton(Curvature):
             losses = problem.support.of(cut)
             (slope,) = torch.autograd.grad(losses.sum(), cut, create_graph=True)
             (gradient,) = torch.autograd.grad(outputs, point, slope.detach(), retain_graph=True)
-        push = _pushforward(problem.support, point, outputs)
+        push = _push_forward(problem.support, point) if forward_mode else _push_by_reverse(point, outputs)
 
         def product(vector: Tensor) -> Tensor:
             regular = _regularizer_product(problem, parameters, vector)
@@ -141,31 +145,46 @@ class GaussNewton(Curvature):
         return _linearization(problem, parameters, losses, gradient, product)
 
 
-def _pushforward(support: TaskLoss, point: Tensor, outputs: Tensor) -> Callable[[Tensor], Tensor]:
+def _has_forward_mode(support: TaskLoss) -> bool:
+    """Whether J v may come from the network once more, in forward mode, which costs less than two derivatives do.
+
+    Not to the compiler, which takes out what is needless of the two.
+    """
+    return (
+        get_proxy_mode() is None
+        and forward_ad._current_level < 0  # A user's own forward mode, in which there can be no other.
+        and has_stock_layers_alone(support.model.module)
+    )
+
+
+def _push_forward(support: TaskLoss, point: Tensor) -> Callable[[Tensor], Tensor]:
     """The map v ↦ J v, ``[T, D]`` to ``[T, n, ...]``, where J is the Jacobian of the outputs at ``point``."""
 
-    def forward(vector: Tensor) -> tuple[Tensor, Tensor]:
-        with _one_level, support.fast_form(point), torch.no_grad(), forward_ad.dual_level():
+    def push(vector: Tensor) -> Tensor:
+        with _one_level, torch.no_grad(), forward_ad.dual_level():
             dual = forward_ad.make_dual(point.detach(), vector)  # type: ignore[no-untyped-call]
-            value, tangent = forward_ad.unpack_dual(support.outputs(dual))  # type: ignore[no-untyped-call]
-        return value, torch.zeros_like(value) if tangent is None else tangent
+            value, tangent = forward_ad.unpack_dual(support.outputs(dual, once=True))  # type: ignore[no-untyped-call]
+        return torch.zeros_like(value) if tangent is None else tangent
 
-    def trial() -> tuple[Any, Any]:
-        vector = torch.randn(point.shape, generator=torch.Generator().manual_seed(0)).to(point)
-        value, pushed = forward(vector)
-        # (J v)ᵀ(J v) = vᵀ Jᵀ(J v): a derivative that is stopped (torch.no_grad, hooks) is not stopped in forward mode.
-        (pulled,) = torch.autograd.grad(outputs, point, pushed, retain_graph=True)
-        return (value, pushed.square().sum()), (outputs, (pulled * vector).sum())
+    _load_forward_mode()
+    return push
 
-    # The network once more in forward mode costs less than the derivative of a derivative, but not to the compiler,
-    # which takes out what is needless there.
-    if get_proxy_mode() is None and gives_the_same(support.model.module, support.trial_key("forward mode"), trial):
-        return lambda vector: forward(vector)[1]
+
+def _push_by_reverse(point: Tensor, outputs: Tensor) -> Callable[[Tensor], Tensor]:
+    """The same map for outputs with a graph, differentiated twice."""
     with torch.enable_grad():
         # Jᵀw is linear in w, and its derivative in w is J v.
         weight = torch.zeros_like(outputs, requires_grad=True)
         (pullback,) = torch.autograd.grad(outputs, point, weight, create_graph=True)
     return lambda vector: torch.autograd.grad(pullback, weight, vector, retain_graph=True)[0]
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """Import what PyTorch's forward mode imports the first time, with a warning about itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 def _linearization(

@@ -22,12 +22,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from lightning_imaml import compilation
-from lightning_imaml.channels_last import ChannelsLast
 from lightning_imaml.layout import Layout, matches, require_matches, tied_names
 from lightning_imaml.over_tasks import over_tasks
 from lightning_imaml.regularizers.base import Regularizer
+from lightning_imaml.stock_layers import has_stock_layers_alone
 from lightning_imaml.support_set import support_rows
-from lightning_imaml.trials import gives_the_same
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -142,7 +141,12 @@ class FlatModel:
         return weakref.ref(self.module), tuple(m.training for m in self.module.modules()), self.layout, self.shared
 
     def __call__(
-        self, parameters: Tensor, inputs: Any, state: Mapping[str, Tensor] | None = None, support: int = 0
+        self,
+        parameters: Tensor,
+        inputs: Any,
+        state: Mapping[str, Tensor] | None = None,
+        support: int = 0,
+        once: bool = False,
     ) -> Any:
         """Outputs of every task's own network.
 
@@ -152,6 +156,7 @@ class FlatModel:
             state: stands in for :meth:`state`.
             support: how many of the first samples are the support set of the others, and have no outputs here; with 0,
                 all of them are and have.
+            once: whether nothing will be differentiated twice.
 
         Returns:
             ``[T, n, ...]``.
@@ -159,15 +164,32 @@ class FlatModel:
         # The module's own shared parameters require gradients: every inner step would build their graph.
         if state is None and (self.shared or self.dtype != self.stored_dtype):
             state = self.state()
+        # The library's convolutions of one task, and their first derivatives, are faster on a CPU with the channels
+        # innermost. Their second derivatives are not; compiled rows have them so already.
+        here = parameters.device.type == "cpu" and parameters.dtype == torch.float32 and not self.compile
+        innermost = once and here and parameters.shape[0] == 1 and has_stock_layers_alone(self.module)
 
         def call(named: dict[str, Tensor], inputs: Any) -> Any:
             with support_rows(support), _refuse_checkpoint(self.module):
                 found = {**named, **(state or {})}
                 found |= {other: found[name] for other, name in self._tied.items() if name in found}
+                if innermost:
+                    found = {name: _channels_innermost(t) for name, t in found.items()}
                 outputs = functional_call(self.module, found, (inputs,), tie_weights=False)
+            if innermost:  # As the loss expects them.
+                outputs = pytree.tree_map(Tensor.contiguous, outputs)
             return pytree.tree_map(lambda t: t[support:], outputs) if support else outputs
 
         return over_tasks(call, self.module, self.unflatten(parameters), inputs)
+
+
+def _channels_innermost(parameter: Tensor) -> Tensor:
+    """The weight of a 2-d convolution in that order of memory; other parameters as they are."""
+    if parameter.ndim != 4:
+        return parameter
+    moved = parameter.permute(0, 2, 3, 1)
+    # Through a single dimension: a copy of one channel could keep the strides of the other order, and its images too.
+    return moved.reshape(-1).view(moved.shape).permute(0, 3, 1, 2)
 
 
 @contextlib.contextmanager
@@ -242,9 +264,9 @@ class TaskLoss:
         loss = weakref.WeakMethod(self.loss) if inspect.ismethod(self.loss) else self.loss
         return self.model.signature(), loss, self.classes, self.support_rows
 
-    def outputs(self, parameters: Tensor) -> Any:
-        """The network's outputs ``[T, n, ...]`` at ``[T, D]`` parameters."""
-        return self.check(self.model(parameters, self.inputs, self.state, self.support_rows))
+    def outputs(self, parameters: Tensor, once: bool = False) -> Any:
+        """The network's outputs ``[T, n, ...]`` at ``[T, D]`` parameters; ``once``: not to be differentiated twice."""
+        return self.check(self.model(parameters, self.inputs, self.state, self.support_rows, once))
 
     def check(self, outputs: Any) -> Any:
         """The outputs themselves, if they have one entry for each class that the targets name."""
@@ -267,29 +289,9 @@ class TaskLoss:
             )
         return losses
 
-    def fast_form(self, parameters: Tensor) -> contextlib.AbstractContextManager[Any]:
-        """Within the block the network has the form that is the fastest where nothing is differentiated twice."""
-        # Several tasks are batched, and compiled rows have the channels innermost already. In float64, no convolution
-        # gains by it.
-        if self.tasks > 1 or self.compile or parameters.device.type != "cpu" or parameters.dtype != torch.float32:
-            return contextlib.nullcontext()
-
-        def trial() -> tuple[Any, Any]:
-            with ChannelsLast():
-                found = self.outputs(parameters)
-            return found, self.outputs(parameters)
-
-        same = gives_the_same(self.model.module, self.trial_key("channels last"), trial)
-        return ChannelsLast() if same else contextlib.nullcontext()
-
-    def trial_key(self, way: str) -> Hashable:
-        """What decides, besides the network, whether it can take a way."""
-        shapes = tuple((t.shape, t.dtype) for t in pytree.tree_leaves(self.inputs))
-        return way, self.model.signature(), shapes, torch.is_autocast_enabled(self.model.device.type)
-
-    def value(self, parameters: Tensor) -> Tensor:
-        """The losses ``[T]`` at ``[T, D]`` parameters."""
-        return self.of(self.outputs(parameters))
+    def value(self, parameters: Tensor, once: bool = False) -> Tensor:
+        """The losses ``[T]`` at ``[T, D]`` parameters; ``once``: not to be differentiated twice."""
+        return self.of(self.outputs(parameters, once))
 
 
 @dataclass(frozen=True, eq=False)
@@ -375,14 +377,14 @@ class InnerProblem:
 
 def _value(problem: InnerProblem, parameters: Tensor) -> Tensor:
     penalty = problem.regularizer.penalty(parameters, problem.initial, problem.strengths)
-    with contextlib.nullcontext() if torch.is_grad_enabled() else problem.support.fast_form(parameters):
-        return problem.support.value(parameters) + penalty
+    return problem.support.value(parameters, once=not torch.is_grad_enabled()) + penalty
 
 
 def _gradient(problem: InnerProblem, parameters: Tensor) -> Tensor:
     create_graph = torch.is_grad_enabled()
-    with contextlib.nullcontext() if create_graph else problem.support.fast_form(parameters), torch.enable_grad():
+    with torch.enable_grad():
         point = parameters if parameters.requires_grad else parameters.detach().requires_grad_()
         # Tasks do not share rows, so the gradient of the sum holds each task's own gradient.
-        (gradient,) = torch.autograd.grad(problem.support.value(point).sum(), point, create_graph=create_graph)
+        losses = problem.support.value(point, once=not create_graph)
+        (gradient,) = torch.autograd.grad(losses.sum(), point, create_graph=create_graph)
     return gradient + problem.regularizer.gradient(parameters, problem.initial, problem.strengths)

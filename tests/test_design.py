@@ -80,7 +80,7 @@ def test_no_file_is_long(path):
 ROOMS = [
     "_version", "allocator", "arguments", "component", "layout", "positive", "phases", "episodes", "bad_tasks",
     "attention", "float32", "random_states", "regularizers", "matrix_form", "recording", "compilation", "over_tasks",
-    "support_set", "channels_last", "trials", "tasks", "ranks", "chunks", "losses", "curvature", "linear", "inner",
+    "support_set", "stock_layers", "tasks", "ranks", "chunks", "losses", "curvature", "linear", "inner",
     "meta_gradients", "preparation", "functional", "metrics", "meta_steps", "outer_state", "outer_step", "checkpoints",
     "module", "callbacks", "data", "models", "cli",
 ]  # fmt: skip

@@ -66,10 +66,10 @@ def query_gradient(query: TaskLoss, parameters: Tensor) -> tuple[Tensor, Any, Te
 
 
 def _query_gradient(query: TaskLoss, parameters: Tensor) -> tuple[Tensor, Any, Tensor, dict[str, Tensor]]:
-    with query.fast_form(parameters), torch.enable_grad():
+    with torch.enable_grad():
         point = parameters.detach().requires_grad_()
         shared = leaves(query.shared())
-        outputs = query.with_shared(shared).outputs(point)
+        outputs = query.with_shared(shared).outputs(point, once=True)
         loss = query.of(outputs)
         gradient, *direct = torch.autograd.grad(loss.sum(), [point, *shared.values()], materialize_grads=True)
     outputs = pytree.tree_map(Tensor.detach, outputs)

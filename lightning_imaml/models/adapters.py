@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from lightning_imaml.component import require
 from lightning_imaml.layout import matches, require_matches
+from lightning_imaml.stock_layers import stock_layer
 
 
+@stock_layer
 class LowRankAdapter(nn.Module):
     """A linear or 2-d convolutional layer with a path of low rank beside it: x ↦ layer(x) + up(down(x)).
 

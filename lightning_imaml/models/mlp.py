@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from lightning_imaml.component import require
 from lightning_imaml.models.norm import Norm, norm_layer
+from lightning_imaml.stock_layers import stock_layer
 
 
+@stock_layer
 class MLP(nn.Module):
     """Fully connected layers, each followed by normalisation and ReLU, then a linear layer.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_imaml.component import require
+from lightning_imaml.stock_layers import stock_layer
 from lightning_imaml.support_set import SupportLayer
 
 Norm = Literal["batch", "support", "group", "layer", "none"]
@@ -27,6 +28,7 @@ Norm = Literal["batch", "support", "group", "layer", "none"]
 NORMS = ("batch", "support", "group", "layer", "none")
 
 
+@stock_layer
 class SupportNorm(SupportLayer):
     r"""Normalises by the mean and the variance, over the task's support set, of each channel.
 

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from lightning_imaml.component import require
 from lightning_imaml.models.norm import Norm, norm_layer
+from lightning_imaml.stock_layers import stock_layer
 
 
+@stock_layer
 class ResNet12(nn.Module):
     """Four residual blocks of three 3×3 convolutions, each block halving the image, then a linear classifier.
 
@@ -54,6 +56,7 @@ class ResNet12(nn.Module):
         return logits
 
 
+@stock_layer
 class _Block(nn.Module):
     def __init__(self, before: int, width: int, norm: Norm) -> None:
         super().__init__()

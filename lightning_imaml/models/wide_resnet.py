@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from lightning_imaml.component import require
 from lightning_imaml.models.norm import Norm, norm_layer
 from lightning_imaml.models.resnet12 import conv, kaiming_normal, require_images
+from lightning_imaml.stock_layers import stock_layer
 
 
+@stock_layer
 class WideResNet(nn.Module):
     """A `wide residual network <https://arxiv.org/abs/1605.07146>`_ WRN-d-k (table 1), by default WRN-16-4.
 
@@ -59,6 +61,7 @@ class WideResNet(nn.Module):
         return logits
 
 
+@stock_layer
 class _Block(nn.Module):
     def __init__(self, before: int, width: int, stride: int, norm: Norm) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""A CPU's faster ways to run a network against its own way, uncompiled, in one process, in turns.
+"""Faster ways to run networks of well-known layers against the way of all others, on a CPU, uncompiled, in turns.
 
 The faster ways are convolutions with the channels innermost, for tasks that go one at a time, and Gauss-Newton products
 by forward-mode differentiation. The tasks are random images; the times are medians, without a first call of each side.
 
-    python -m benchmarks.trials [--workloads omniglot-20-5]
+    python -m benchmarks.stock_layers [--workloads omniglot-20-5]
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def measure(work: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Seconds of the network's own way and of the faster ways."""
+    """Seconds of the way of all networks and of the faster ways."""
     own: list[float] = []
     faster: list[float] = []
     for _ in range(1 + repeats):
         with ExitStack() as stack:
             for module in ("tasks", "curvature"):
-                stack.enter_context(mock.patch(f"lightning_imaml.{module}.gives_the_same", return_value=False))
+                stack.enter_context(mock.patch(f"lightning_imaml.{module}.has_stock_layers_alone", return_value=False))
             own.append(seconds(work))
         faster.append(seconds(work))
     return statistics.median(own[1:]), statistics.median(faster[1:])
@@ -89,7 +89,7 @@ def main(args: list[str] | None = None) -> list[Row]:
             )  # fmt: skip
             print(f"{name:<18}{kind:<28}{' '.join(f'{value:>10}' for value in list(rows[-1].values())[2:])}")
     options.output.mkdir(parents=True, exist_ok=True)
-    save(rows, options.output / "trials.csv")
+    save(rows, options.output / "stock_layers.csv")
     return rows
 
 
