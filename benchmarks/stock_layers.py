@@ -32,7 +32,7 @@ from lightning_imaml.regularizers import Proximal
 def works(workload: Workload) -> dict[str, Callable[[], object]]:
     """What is measured of a workload."""
     network, episode, settings = workload.network(), workload.episode(None), workload.settings
-    support, regularizer = (episode.support_inputs, episode.support_targets), Proximal(settings.strength)
+    support, regularizer = (episode.support_inputs, episode.support_targets), Proximal(2.0)
     descent = GradientDescent(settings.lr, steps=5)
     newton = HessianFree(steps=2, cg_steps=2, curvature=GaussNewton())
     implicit = Implicit(ConjugateGradient(settings.cg_steps), GaussNewton())

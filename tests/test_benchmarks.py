@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import kernels, overhead, regression, scaling
+from benchmarks import kernels, overhead, regression, scaling, stock_layers
 from benchmarks.__main__ import main
 from benchmarks.workloads import WORKLOADS, Settings, Workload
+from lightning_imaml import tasks
 
 TINY = Workload("omniglot", 2, 1, 1, 2, Settings(steps=2, cg_steps=2), filters=2)
 
@@ -167,3 +169,27 @@ def test_what_does_not_run_on_a_gpu_says_so(options, message, monkeypatch, capsy
     with pytest.raises(SystemExit):
         main(["--device", "cuda", *options])
     assert message in capsys.readouterr().err
+
+
+def test_well_known_layers(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(WORKLOADS, "omniglot-5-1", TINY)
+    monkeypatch.setattr(stock_layers, "keep_freed_memory", lambda: None)
+    asked, seconds = [], iter([9.0, 9.0] + [4.0, 2.0] * 2)
+
+    def timed(work):
+        asked.append(tasks.has_stock_layers_alone(nn.Linear(1, 1)))
+        work()
+        return next(seconds)
+
+    monkeypatch.setattr(stock_layers, "works", lambda workload: {"some work": lambda: None})
+    monkeypatch.setattr(stock_layers, "seconds", timed)
+    (row,) = stock_layers.main(["--workloads", "omniglot-5-1", "--repeats", "2", "--output", str(tmp_path)])
+    assert asked == [False, True] * 3, "in turns"
+    assert row["ratio"] == 2.0
+    assert numbers(tmp_path / "stock_layers.csv") == [{name: str(value) for name, value in row.items()}]
+    assert "some work" in capsys.readouterr().out
+
+
+def test_what_is_timed_of_well_known_layers_runs():
+    for work in stock_layers.works(TINY).values():
+        assert work() is not None
