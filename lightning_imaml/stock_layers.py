@@ -1,7 +1,7 @@
 """Networks of well-known layers alone, whose forward pass may be run in faster ways.
 
 A network's own code may do what a faster way does not see or cannot do: draw random numbers, stop a derivative, change
-a buffer, look at the strides of a tensor. What is listed here does none of that.
+a buffer or its input, look at the strides of a tensor. What is listed here does none of that.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ def stock_layer(layer: _Layer) -> _Layer:
 
 
 def has_stock_layers_alone(network: nn.Module) -> bool:
-    """Whether a network has nothing else, and as it stands no hooks and no random numbers."""
+    """Whether a network has nothing else, and as it stands no hooks, no random numbers and nothing in place."""
     return all(
         type(layer) in _LAYERS
         and "forward" not in vars(layer)
+        and not getattr(layer, "inplace", False)
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
         and not (layer.training and isinstance(layer, (nn.Dropout, nn.Dropout2d)) and layer.p)
         for layer in network.modules()

@@ -107,6 +107,7 @@ OTHERS = {
     "hook": hooked,
     "own forward": with_a_forward_of_its_own,
     "parametrized": parametrized,
+    "in place": lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 3)),
 }
 
 
