@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +17,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks.kernels import timed
 from benchmarks.sides import Row, save
 from benchmarks.workloads import WORKLOADS, Workload
 from lightning_imaml.allocator import keep_freed_memory
@@ -48,13 +48,6 @@ def works(workload: Workload) -> dict[str, Callable[[], object]]:
     }
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Of one run."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def measure(work: Callable[[], object], repeats: int) -> tuple[float, float]:
     """Seconds of the way of all networks and of the faster ways."""
     own: list[float] = []
@@ -63,8 +56,8 @@ def measure(work: Callable[[], object], repeats: int) -> tuple[float, float]:
         with ExitStack() as stack:
             for module in ("tasks", "curvature"):
                 stack.enter_context(mock.patch(f"lightning_imaml.{module}.has_stock_layers_alone", return_value=False))
-            own.append(seconds(work))
-        faster.append(seconds(work))
+            own.append(timed(work))
+        faster.append(timed(work))
     return statistics.median(own[1:]), statistics.median(faster[1:])
 
 

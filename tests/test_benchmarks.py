@@ -182,7 +182,7 @@ def test_well_known_layers(monkeypatch, tmp_path, capsys):
         return next(seconds)
 
     monkeypatch.setattr(stock_layers, "works", lambda workload: {"some work": lambda: None})
-    monkeypatch.setattr(stock_layers, "seconds", timed)
+    monkeypatch.setattr(stock_layers, "timed", timed)
     (row,) = stock_layers.main(["--workloads", "omniglot-5-1", "--repeats", "2", "--output", str(tmp_path)])
     assert asked == [False, True] * 3, "in turns"
     assert row["ratio"] == 2.0
