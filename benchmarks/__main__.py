@@ -30,7 +30,7 @@ from benchmarks import kernels, overhead, regression, scaling
 from benchmarks.sides import Row, Side, operations, package, save
 from benchmarks.workloads import WORKLOADS, Workload
 from lightning_imaml import Episode
-from lightning_imaml.float32 import full_float32
+from lightning_imaml.runtime.precision import full_float32
 
 PEERS = {
     "implicit": {"sequential loop": "sequential", "TorchOpt": "torchopt_imaml"},

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.sides import Row, package, save
 from benchmarks.workloads import WORKLOADS, Workload
-from lightning_imaml.allocator import keep_freed_memory
+from lightning_imaml.runtime.memory import keep_freed_memory
 
 SIDES = ("default", "kept")
 

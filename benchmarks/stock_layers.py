@@ -20,13 +20,13 @@ import torch
 from benchmarks.kernels import timed
 from benchmarks.sides import Row, save
 from benchmarks.workloads import WORKLOADS, Workload
-from lightning_imaml.allocator import keep_freed_memory
 from lightning_imaml.curvature import GaussNewton
 from lightning_imaml.functional import adapt, meta_gradient
 from lightning_imaml.inner import GradientDescent, HessianFree
 from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.meta_gradients import FirstOrder, Implicit
 from lightning_imaml.regularizers import Proximal
+from lightning_imaml.runtime.memory import keep_freed_memory
 
 
 def works(workload: Workload) -> dict[str, Callable[[], object]]:

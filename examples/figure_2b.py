@@ -37,8 +37,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_imaml import Episode
 from lightning_imaml.callbacks import LiveTensorBytes
-from lightning_imaml.callbacks.nested_peaks import CudaAllocated, PeakCounter
 from lightning_imaml.data import EpisodicDataModule, GlyphDataModule, OmniglotDataModule
+from lightning_imaml.diagnostics.nested_peaks import CudaAllocated, PeakCounter
 from lightning_imaml.functional import meta_gradient
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.linear import ConjugateGradient

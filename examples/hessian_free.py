@@ -27,8 +27,9 @@ from lightning_imaml.curvature import Curvature, GaussNewton, Hessian, Lineariza
 from lightning_imaml.data import GlyphDataModule, OmniglotDataModule
 from lightning_imaml.inner import GradientDescent, HessianFree
 from lightning_imaml.models import Conv4
+from lightning_imaml.problems.network import FlatModel
+from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
 from lightning_imaml.regularizers import Proximal
-from lightning_imaml.tasks import FlatModel, InnerProblem, TaskLoss
 
 COUNTS: Counter[str] = Counter()
 

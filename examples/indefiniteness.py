@@ -47,9 +47,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from lightning_imaml import Episode
-from lightning_imaml.callbacks.reference import ExactReference
 from lightning_imaml.curvature import GaussNewton, Hessian
 from lightning_imaml.data import EpisodicDataModule, GlyphDataModule, OmniglotDataModule
+from lightning_imaml.diagnostics.reference import ExactReference
 from lightning_imaml.functional import MetaGradient, adapt, evaluate, meta_gradient
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.linear import ConjugateGradient, MinRes

@@ -32,8 +32,8 @@ from lightning_imaml.inner import GradientDescent
 from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.meta_gradients import Implicit
 from lightning_imaml.models import Conv4
+from lightning_imaml.problems.network import FlatModel
 from lightning_imaml.regularizers import Proximal
-from lightning_imaml.tasks import FlatModel
 
 FIXED = "scalar, fixed"
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -32,9 +32,9 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_imaml import Episode, __version__, cli
-from lightning_imaml.allocator import keep_freed_memory
-from lightning_imaml.callbacks.protocol import Protocol
 from lightning_imaml.checkpoints import export_weights
+from lightning_imaml.diagnostics.protocol import Protocol
+from lightning_imaml.runtime.memory import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"

@@ -28,8 +28,9 @@ from lightning_imaml.callbacks import LiveTensorBytes
 from lightning_imaml.inner import GradientDescent, Nesterov, SteppingSolver
 from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.meta_gradients import Estimator, Implicit, Truncated, Unrolled
+from lightning_imaml.problems.network import FlatModel
+from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
 from lightning_imaml.regularizers import Proximal
-from lightning_imaml.tasks import FlatModel, InnerProblem, TaskLoss
 
 SOLVERS: tuple[Callable[..., SteppingSolver], ...] = (GradientDescent, Nesterov)
 LR = 1.0  # 1/L, as G is 1-smooth.

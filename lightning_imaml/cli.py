@@ -17,8 +17,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 # Importing the families registers their members, so that configurations can name them without their module.
 from lightning_imaml import callbacks, curvature, data, inner, linear, losses, meta_gradients, models, regularizers
-from lightning_imaml.allocator import keep_freed_memory
 from lightning_imaml.module import IMAMLModule
+from lightning_imaml.runtime.memory import keep_freed_memory
 
 
 class Parser(LightningArgumentParser):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lightning_imaml.component import require
-from lightning_imaml.tasks import LossFunction
+from lightning_imaml.components.checks import require
+from lightning_imaml.problems.supervised import LossFunction
 
 # The module is named apart so that the command line takes one by its class path, such as torch's own.
 Loss = nn.Module | LossFunction

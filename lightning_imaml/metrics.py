@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from lightning_imaml.arguments import require_at_least_one
+from lightning_imaml.components.checks import require_at_least_one
 
 _instances = count()
 

@@ -14,22 +14,23 @@ from torch.optim.optimizer import Optimizer
 from torchmetrics import Metric, MetricCollection
 
 from lightning_imaml import functional
-from lightning_imaml.arguments import require_choice
+from lightning_imaml.components.checks import require_choice
 from lightning_imaml.curvature import GaussNewton
 from lightning_imaml.episodes import Episode
-from lightning_imaml.float32 import Float32Parameters, default_dtype
 from lightning_imaml.functional import Adapted, MetaGradient
+from lightning_imaml.functional.settings import check_chunk_size
 from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.losses import Loss
 from lightning_imaml.meta_gradients import Estimator, Implicit
-from lightning_imaml.meta_steps import row_number
 from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, LoaderMetrics, is_classification
-from lightning_imaml.outer_step import OuterStep, parameter_groups, refuse_unreached, surrogate
-from lightning_imaml.phases import META_STEP, phase
-from lightning_imaml.preparation import check_chunk_size
+from lightning_imaml.parameters.float32 import Float32Parameters
+from lightning_imaml.problems.network import FlatModel
 from lightning_imaml.regularizers import Proximal, Regularizer
-from lightning_imaml.tasks import FlatModel
+from lightning_imaml.runtime.phases import META_STEP, phase
+from lightning_imaml.runtime.precision import default_dtype
+from lightning_imaml.training.meta_steps import row_number
+from lightning_imaml.training.outer_step import OuterStep, parameter_groups, refuse_unreached, surrogate
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]

@@ -12,7 +12,8 @@ from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightning_imaml import Episode, IMAMLModule, compilation
+from lightning_imaml import Episode, IMAMLModule
+from lightning_imaml._compile import door as compilation
 from lightning_imaml.callbacks import LiveTensorBytes
 from lightning_imaml.curvature import GaussNewton
 from lightning_imaml.functional import adapt, evaluate, meta_gradient, predict
@@ -20,8 +21,8 @@ from lightning_imaml.inner import GradientDescent
 from lightning_imaml.linear import ConjugateGradient, Direct
 from lightning_imaml.meta_gradients import FirstOrder, Implicit, Reptile, Truncated, Unrolled
 from lightning_imaml.models import MLP, Conv4, LowRankAdapter, ResNet12, add_low_rank_adapters
+from lightning_imaml.problems.network import FlatModel
 from lightning_imaml.regularizers import KroneckerProximal, Proximal
-from lightning_imaml.tasks import FlatModel
 
 EPISODE = regression_episode()
 HEAD, BODY = ("out.weight", "out.bias"), ("hidden.weight", "hidden.bias")

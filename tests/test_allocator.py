@@ -10,13 +10,14 @@ import sys
 
 import pytest
 
-from lightning_imaml import allocator, cli
+from lightning_imaml import cli
+from lightning_imaml.runtime import memory as allocator
 
 # Twenty times 20 tensors of 4 MiB. With glibc's defaults chance decides, by what lies at the end of the heap, whether
 # their pages are mapped anew each time; with a low threshold they are.
 FAULTS = """
 import resource, sys, torch
-from lightning_imaml.allocator import keep_freed_memory
+from lightning_imaml.runtime.memory import keep_freed_memory
 took_effect = keep_freed_memory() if sys.argv[1] == "kept" else None
 def work(times):
     for _ in range(times):

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_imaml import Episode, compilation
+from lightning_imaml import Episode
+from lightning_imaml._compile import door as compilation
 from lightning_imaml.curvature import GaussNewton, Hessian
 from lightning_imaml.functional import adapt, evaluate, meta_gradient
 from lightning_imaml.inner import GradientDescent

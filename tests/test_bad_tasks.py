@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_imaml import Episode, IMAMLModule, bad_tasks
+from lightning_imaml import Episode, IMAMLModule
 from lightning_imaml.callbacks import MetaGradientErrorMonitor
 from lightning_imaml.functional import adapt, meta_gradient
 from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov, TorchOptimizer
 from lightning_imaml.linear import ConjugateGradient, Direct, MinRes, Neumann
 from lightning_imaml.meta_gradients import FirstOrder, Implicit, Reptile, Truncated, Unrolled
+from lightning_imaml.problems import bad_tasks
 from lightning_imaml.regularizers import Proximal
 
 ESTIMATORS = [

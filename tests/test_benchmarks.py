@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from benchmarks import kernels, overhead, regression, scaling, stock_layers
 from benchmarks.__main__ import main
 from benchmarks.workloads import WORKLOADS, Settings, Workload
-from lightning_imaml import tasks
+from lightning_imaml.problems import supervised as tasks
 
 TINY = Workload("omniglot", 2, 1, 1, 2, Settings(steps=2, cg_steps=2), filters=2)
 

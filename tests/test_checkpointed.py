@@ -12,7 +12,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_imaml import compilation
+from lightning_imaml._compile import door as compilation
 from lightning_imaml.callbacks import LiveTensorBytes
 from lightning_imaml.curvature import GaussNewton, Hessian
 from lightning_imaml.episodes import Episode
@@ -207,7 +207,9 @@ def test_pytorchs_own_checkpoint_is_refused(chunk_size):
 
 
 def test_what_the_refusal_prevents(monkeypatch):
-    monkeypatch.setattr("lightning_imaml.tasks.disable_saved_tensors_hooks", lambda message: torch.enable_grad())
+    monkeypatch.setattr(
+        "lightning_imaml.problems.network.disable_saved_tensors_hooks", lambda message: torch.enable_grad()
+    )
     wrong = TorchCheckpoint().double()
     right = TanhNet().double()
     right.load_state_dict(wrong.state_dict())

@@ -8,10 +8,10 @@ from conftest import TanhNet, class_episode, regression_episode
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_imaml import chunks
 from lightning_imaml.functional import adapt, meta_gradient, predict
 from lightning_imaml.models import Conv4
-from lightning_imaml.tasks import FlatModel
+from lightning_imaml.problems import chunks
+from lightning_imaml.problems.network import FlatModel
 
 EVEN = [(16, 100, 16), (16, 16, 16), (16, 15, 8), (16, 7, 4), (16, 1, 1), (16, 0, 1), (12, 5, 4)]
 UNEVEN = [(7, 4, 4), (7, 3, 3), (11, 4, 4)]

@@ -13,7 +13,7 @@ from conftest import TanhNet, class_episode, regression_episode
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_imaml import compilation
+from lightning_imaml._compile import door as compilation
 from lightning_imaml.callbacks import LiveTensorBytes
 from lightning_imaml.curvature import GaussNewton, Hessian
 from lightning_imaml.episodes import Episode

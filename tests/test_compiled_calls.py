@@ -10,7 +10,7 @@ import torch
 from conftest import TanhNet, regression_episode
 from torch.nn import functional as F
 
-from lightning_imaml import compilation
+from lightning_imaml._compile import door as compilation
 from lightning_imaml.functional import meta_gradient
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.regularizers import Proximal

@@ -16,17 +16,17 @@ from torch.nn import functional as F
 
 from lightning_imaml import Episode, IMAMLModule
 from lightning_imaml.callbacks import MetaGradientErrorMonitor, PeakMemoryMonitor
-from lightning_imaml.chunks import _bytes_of_a_task
 from lightning_imaml.curvature import GaussNewton, Hessian
 from lightning_imaml.data import Affine, GlyphDataModule, RandomAffine
 from lightning_imaml.functional import adapt, evaluate, meta_gradient
+from lightning_imaml.functional.preparation import prepare
 from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov, TorchOptimizer
 from lightning_imaml.linear import ConjugateGradient, Direct, MinRes, Neumann
 from lightning_imaml.meta_gradients import FirstOrder, Implicit, Reptile, Truncated, Unrolled
 from lightning_imaml.models import Conv4
-from lightning_imaml.preparation import prepare
+from lightning_imaml.problems.chunks import _bytes_of_a_task
+from lightning_imaml.problems.network import FlatModel
 from lightning_imaml.regularizers import Proximal
-from lightning_imaml.tasks import FlatModel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 CUDA = "cuda"

@@ -10,11 +10,12 @@ from conftest import TanhNet, class_episode, regression_episode
 from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
 
-from lightning_imaml import compilation
+from lightning_imaml._compile import door as compilation
 from lightning_imaml.curvature import GaussNewton, Hessian
 from lightning_imaml.inner import HessianFree
+from lightning_imaml.problems.network import FlatModel
+from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
 from lightning_imaml.regularizers import Proximal
-from lightning_imaml.tasks import FlatModel, InnerProblem, TaskLoss
 
 CASES = {
     "squared error": (F.mse_loss, regression_episode(3)),

@@ -15,8 +15,8 @@ from lightning_imaml.curvature import GaussNewton, Hessian
 from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov, TorchOptimizer
 from lightning_imaml.linear import ConjugateGradient, Direct, MinRes, Neumann
 from lightning_imaml.meta_gradients import FirstOrder, Implicit, Reptile, Truncated, Unrolled
-from lightning_imaml.phases import listening, phase
 from lightning_imaml.regularizers import FullProximal, KroneckerProximal, LowRankProximal, Proximal
+from lightning_imaml.runtime.phases import listening, phase
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "lightning_imaml").rglob("*.py"))
@@ -73,16 +73,14 @@ def test_public_names_exist_and_are_documented(module, name):
 
 @pytest.mark.parametrize("path", SOURCES + PROGRAMS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_file_is_long(path):
-    assert len(path.read_text().splitlines()) <= 400
+    assert len(path.read_text().splitlines()) <= 500
 
 
 # Each room may import from the rooms before it.
 ROOMS = [
-    "_version", "allocator", "arguments", "component", "layout", "positive", "phases", "episodes", "bad_tasks",
-    "attention", "float32", "random_states", "regularizers", "matrix_form", "recording", "compilation", "over_tasks",
-    "support_set", "stock_layers", "tasks", "ranks", "chunks", "losses", "curvature", "linear", "inner",
-    "meta_gradients", "preparation", "functional", "metrics", "meta_steps", "outer_state", "outer_step", "checkpoints",
-    "module", "callbacks", "data", "models", "cli",
+    "_version", "components", "runtime", "parameters", "linear", "_compile", "regularizers", "episodes", "problems",
+    "losses", "curvature", "inner", "meta_gradients", "functional", "metrics", "training", "checkpoints", "diagnostics",
+    "module", "callbacks", "data", "models", "cli", "allocator",
 ]  # fmt: skip
 
 
@@ -91,7 +89,7 @@ def test_imports_go_downward(path):
     room = path.relative_to(ROOT / "lightning_imaml").parts[0].removesuffix(".py")
     if room in ("__init__", "__main__"):
         return
-    text = re.sub(r"if TYPE_CHECKING:\n(    .*\n)+", "", path.read_text())
+    text = path.read_text()
     imported = set(re.findall(r"^(?:from|import) lightning_imaml\.(\w+)", text, flags=re.MULTILINE))
     for listed in re.findall(r"^from lightning_imaml import (.+)$", text, flags=re.MULTILINE):
         imported |= {name.strip() for name in listed.split("#")[0].split(",")} & set(ROOMS)

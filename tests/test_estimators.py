@@ -14,8 +14,8 @@ from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov, TorchO
 from lightning_imaml.linear import Direct
 from lightning_imaml.meta_gradients import FirstOrder, Implicit, Reptile, Truncated, Unrolled
 from lightning_imaml.models import Conv4
+from lightning_imaml.problems.network import FlatModel
 from lightning_imaml.regularizers import Proximal
-from lightning_imaml.tasks import FlatModel
 
 EPISODE = regression_episode()
 

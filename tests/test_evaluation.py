@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_imaml import Episode, IMAMLModule
 from lightning_imaml.callbacks import LiveTensorBytes
-from lightning_imaml.callbacks.protocol import Protocol
+from lightning_imaml.diagnostics.protocol import Protocol
 from lightning_imaml.functional import adapt, predict
 from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov, TorchOptimizer
 from lightning_imaml.meta_gradients import Implicit, Unrolled

@@ -7,8 +7,8 @@ import torch
 from conftest import TanhNet, regression_episode
 from torch.nn import functional as F
 
-from lightning_imaml.float32 import _settings, full_float32
 from lightning_imaml.functional import adapt, meta_gradient
+from lightning_imaml.runtime.precision import _settings, full_float32
 
 PARENTS = [torch.backends, torch.backends.cudnn]
 

@@ -13,16 +13,17 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightning_imaml import Episode, over_tasks, preparation
+from lightning_imaml import Episode
 from lightning_imaml.callbacks import LiveTensorBytes
 from lightning_imaml.curvature import GaussNewton, Hessian
-from lightning_imaml.functional import adapt, evaluate, meta_gradient, predict
+from lightning_imaml.functional import adapt, evaluate, meta_gradient, predict, preparation
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.linear import ConjugateGradient, Direct
 from lightning_imaml.meta_gradients import FirstOrder, Implicit
 from lightning_imaml.models import Conv4
+from lightning_imaml.problems import vmap as over_tasks
+from lightning_imaml.problems.network import FlatModel
 from lightning_imaml.regularizers import Proximal
-from lightning_imaml.tasks import FlatModel
 
 TIGHT = GradientDescent(lr=0.2, steps=20_000, tol=1e-13)
 

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from lightning_imaml.curvature import GaussNewton, Hessian
 from lightning_imaml.functional import adapt
 from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov, TorchOptimizer
+from lightning_imaml.problems.network import FlatModel
+from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
 from lightning_imaml.regularizers import Proximal
-from lightning_imaml.tasks import FlatModel, InnerProblem, TaskLoss
 
 STRENGTH = 0.8
 

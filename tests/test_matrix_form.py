@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_imaml.matrix_form import MatrixForm
+from lightning_imaml._compile.matrix_form import MatrixForm
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, (2, 1)])

@@ -11,16 +11,16 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightning_imaml.callbacks.protocol import Protocol
 from lightning_imaml.curvature import Hessian
+from lightning_imaml.diagnostics.protocol import Protocol
 from lightning_imaml.functional import adapt, meta_gradient, predict
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.meta_gradients import Implicit
 from lightning_imaml.models import MLP, Conv4, ResNet12, WideResNet, norm_layer
 from lightning_imaml.models.norm import NORMS
+from lightning_imaml.problems.support_set import support_rows
 from lightning_imaml.regularizers import Proximal
-from lightning_imaml.support_set import support_rows
 
 WAYS = 3
 # Small enough for a test, with every kind of layer: the builder, and the size of its images.

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from lightning_imaml.random_states import random_states, seed_random_states, set_random_states
+from lightning_imaml.runtime.random_states import random_states, seed_random_states, set_random_states
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import distributed
 
-from lightning_imaml import ranks
-from lightning_imaml.ranks import gather, numbers_of_all_ranks, sum_over_ranks
+from lightning_imaml.training import ranks
+from lightning_imaml.training.ranks import gather, numbers_of_all_ranks, sum_over_ranks
 
 LOST = r"every rank must be running for a meta-step; rank 1 of 3 lost another one \(gone\).*Resume from the last"
 ERRORS = [RuntimeError, distributed.DistBackendError, distributed.DistNetworkError, distributed.DistError]

@@ -8,13 +8,13 @@ from conftest import TanhNet, regression_episode
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_imaml import compilation
+from lightning_imaml._compile import door as compilation
+from lightning_imaml._compile.recording import _waves, require_own_derivative
 from lightning_imaml.episodes import Episode
 from lightning_imaml.functional import meta_gradient
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.meta_gradients import Implicit, Unrolled
-from lightning_imaml.recording import _waves, require_own_derivative
 from lightning_imaml.regularizers import Proximal
 
 EPISODE = regression_episode()

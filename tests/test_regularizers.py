@@ -14,8 +14,8 @@ from lightning_imaml.functional import meta_gradient
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.linear import Direct
 from lightning_imaml.meta_gradients import FirstOrder, Implicit, Reptile, Unrolled
+from lightning_imaml.problems.network import FlatModel
 from lightning_imaml.regularizers import NoRegularizer, Proximal, Regularizer
-from lightning_imaml.tasks import FlatModel
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ from lightning.pytorch import Trainer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_imaml import IMAMLModule, compilation
+from lightning_imaml import IMAMLModule
+from lightning_imaml._compile import door as compilation
 from lightning_imaml.callbacks import MetaGradientErrorMonitor
 from lightning_imaml.functional import adapt, meta_gradient
 from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov
 from lightning_imaml.meta_gradients import FirstOrder, Implicit, Reptile, Truncated, Unrolled
+from lightning_imaml.problems.network import FlatModel
 from lightning_imaml.regularizers import KroneckerProximal, LowRankProximal, NoRegularizer, Proximal
-from lightning_imaml.tasks import FlatModel
 
 EPISODE = regression_episode()
 PATTERNS = {"out.*": 0.1, "*": 0.3}

@@ -15,15 +15,17 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from lightning_imaml import curvature, tasks
+from lightning_imaml import curvature
 from lightning_imaml.curvature import GaussNewton
 from lightning_imaml.functional import adapt, meta_gradient
 from lightning_imaml.inner import GradientDescent, HessianFree
 from lightning_imaml.meta_gradients import FirstOrder
 from lightning_imaml.models import MLP, Conv4, ResNet12, WideResNet, add_low_rank_adapters
+from lightning_imaml.problems import supervised as tasks
+from lightning_imaml.problems.network import FlatModel
+from lightning_imaml.problems.stock_layers import has_stock_layers_alone
+from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
 from lightning_imaml.regularizers import Proximal
-from lightning_imaml.stock_layers import has_stock_layers_alone
-from lightning_imaml.tasks import FlatModel, InnerProblem, TaskLoss
 
 IMAGES = class_episode(2, ways=3, queries=1, shots=2, shape=(1, 12, 12))
 

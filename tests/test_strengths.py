@@ -10,15 +10,16 @@ from conftest import TanhNet, class_episode, regression_episode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_imaml import Episode, compilation
+from lightning_imaml import Episode
+from lightning_imaml._compile import door as compilation
 from lightning_imaml.curvature import GaussNewton
 from lightning_imaml.functional import meta_gradient
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.linear import ConjugateGradient, Direct
 from lightning_imaml.meta_gradients import Implicit, Unrolled
-from lightning_imaml.positive import place
+from lightning_imaml.parameters.positive import place
+from lightning_imaml.problems.network import FlatModel
 from lightning_imaml.regularizers import FullProximal, KroneckerProximal, LowRankProximal, Proximal, Regularizer
-from lightning_imaml.tasks import FlatModel
 
 INPUTS, OUTPUTS = 3, 2
 PATTERNS = {"weight": 2.0, "*": 0.7}

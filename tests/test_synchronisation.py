@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov, TorchOptimizer
 from lightning_imaml.linear import ConjugateGradient, Direct, MinRes, Neumann
+from lightning_imaml.problems.network import FlatModel
+from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
 from lightning_imaml.regularizers import FullProximal, KroneckerProximal, LowRankProximal, Proximal
-from lightning_imaml.tasks import FlatModel, InnerProblem, TaskLoss
 
 ATEN = torch.ops.aten
 # Those whose result, or its shape, the host has to know.

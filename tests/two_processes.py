@@ -26,8 +26,8 @@ from lightning_imaml.data import EpisodicDataModule
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.linear import ConjugateGradient, Direct
 from lightning_imaml.meta_gradients import FirstOrder, Implicit, Reptile, Truncated, Unrolled
-from lightning_imaml.outer_step import OuterStep
 from lightning_imaml.regularizers import Proximal
+from lightning_imaml.training.outer_step import OuterStep
 
 LEARNED = {"regularizer": Proximal(0.5, learned=True), "regularizer_lr": 0.05}
 METHODS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from lightning_imaml import functional
-from lightning_imaml.callbacks.interface import evaluation_solver, require_interface
+from lightning_imaml.diagnostics.interface import evaluation_solver, require_interface
 from lightning_imaml.episodes import Episode
 from lightning_imaml.metrics import EpisodicAccuracy, TaskMean, is_classification
 

@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_imaml.arguments import require_at_least_one
-from lightning_imaml.callbacks.interface import require_interface
+from lightning_imaml.components.checks import require_at_least_one
+from lightning_imaml.diagnostics.interface import require_interface
 from lightning_imaml.episodes import Episode
 from lightning_imaml.metrics import is_classification
 

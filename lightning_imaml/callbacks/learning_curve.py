@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_imaml.callbacks.curves import draw, drawn_metrics, write_csv
-from lightning_imaml.callbacks.schedule import EveryNSteps
+from lightning_imaml.diagnostics.curves import draw, drawn_metrics, write_csv
+from lightning_imaml.training.schedule import EveryNSteps
 
 
 class LearningCurve(Callback):

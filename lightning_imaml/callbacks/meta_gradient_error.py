@@ -10,13 +10,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils import _pytree as pytree
 
-from lightning_imaml import phases
-from lightning_imaml.arguments import require_at_least_one
-from lightning_imaml.callbacks.interface import require_interface
-from lightning_imaml.callbacks.nested_peaks import MONITOR
-from lightning_imaml.callbacks.reference import ExactReference, MetaGradientError
-from lightning_imaml.callbacks.schedule import EveryNSteps, record
+from lightning_imaml.components.checks import require_at_least_one
+from lightning_imaml.diagnostics.interface import require_interface
+from lightning_imaml.diagnostics.nested_peaks import MONITOR
+from lightning_imaml.diagnostics.reference import ExactReference, MetaGradientError
 from lightning_imaml.episodes import Episode
+from lightning_imaml.runtime import phases
+from lightning_imaml.training.schedule import EveryNSteps, record
 
 # Without "backbone": configure_model may build it after the callbacks' setup.
 _NEEDED = ("inner_solver", "regularizer", "strengths", "inner_loss", "outer_loss", "meta_gradient")

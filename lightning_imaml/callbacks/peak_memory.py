@@ -11,10 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_imaml import phases
-from lightning_imaml.callbacks.live_tensors import LiveTensorBytes
-from lightning_imaml.callbacks.nested_peaks import CudaAllocated, NestedPeaks, PeakCounter
-from lightning_imaml.callbacks.schedule import EveryNSteps, record
+from lightning_imaml.diagnostics.live_tensors import LiveTensorBytes
+from lightning_imaml.diagnostics.nested_peaks import CudaAllocated, NestedPeaks, PeakCounter
+from lightning_imaml.runtime import phases
+from lightning_imaml.training.schedule import EveryNSteps, record
 
 STEP = "step"
 _MIB = 2**20
@@ -27,7 +27,7 @@ class PeakMemoryMonitor(Callback):
 
     - ``memory/step_mib``: the whole training batch, whatever module is trained;
     - ``memory/inner_loop_mib``, ``memory/linear_solve_mib``, ``memory/meta_step_mib``: the phases of an
-      ``IMAMLModule``, and any other ``lightning_imaml.phases.phase`` that occurs in the step;
+      ``IMAMLModule``, and any other ``lightning_imaml.runtime.phases.phase`` that occurs in the step;
     - ``memory/process_peak_mib``: the process's peak resident size since it started (not on Windows).
 
     The step and its phases are, on CUDA, what PyTorch's allocator has handed out (``torch.cuda.max_memory_allocated``;

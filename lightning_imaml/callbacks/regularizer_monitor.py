@@ -8,13 +8,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_imaml.callbacks.interface import require_interface
-from lightning_imaml.callbacks.schedule import EveryNSteps, record
+from lightning_imaml.diagnostics.interface import require_interface
 from lightning_imaml.inner import StepSizes
-from lightning_imaml.layout import Layout
-from lightning_imaml.meta_steps import row_number
+from lightning_imaml.parameters.layout import Layout
+from lightning_imaml.problems.network import FlatModel
 from lightning_imaml.regularizers import MatrixProximal
-from lightning_imaml.tasks import FlatModel
+from lightning_imaml.training.meta_steps import row_number
+from lightning_imaml.training.schedule import EveryNSteps, record
 
 
 class RegularizerMonitor(Callback):

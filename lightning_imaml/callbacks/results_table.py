@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lightning_imaml.arguments import require_at_least_one
-from lightning_imaml.callbacks.baseline import reinitialised
-from lightning_imaml.callbacks.interface import require_interface
-from lightning_imaml.callbacks.protocol import Protocol
+from lightning_imaml.components.checks import require_at_least_one
+from lightning_imaml.diagnostics.baseline import reinitialised
+from lightning_imaml.diagnostics.interface import require_interface
+from lightning_imaml.diagnostics.protocol import Protocol
 from lightning_imaml.episodes import Episode
 from lightning_imaml.functional import adapt, predict
 from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95

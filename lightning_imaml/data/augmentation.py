@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_imaml.component import require
+from lightning_imaml.components.checks import require
 
 
 class RandomAffine(nn.Module):

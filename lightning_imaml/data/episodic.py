@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import Dataset
 
-from lightning_imaml.arguments import require_choice
+from lightning_imaml.components.checks import require_choice
 from lightning_imaml.data.base import TaskDataModule, Transform, require_range, split_setting
 from lightning_imaml.data.episode_list import ListedTasks, read_episodes, write_episodes
 from lightning_imaml.data.labelled import ROTATIONS, ClassPool, shuffle_classes

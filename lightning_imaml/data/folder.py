@@ -11,7 +11,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
-from lightning_imaml.arguments import require_choice
+from lightning_imaml.components.checks import require_choice
 from lightning_imaml.data.cache import default_cache_dir
 from lightning_imaml.data.class_splits import ClassSplit, read_split
 from lightning_imaml.data.episodic import EpisodicDataModule

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_imaml.arguments import require_choice
+from lightning_imaml.components.checks import require_choice
 from lightning_imaml.data.cache import default_cache_dir
 from lightning_imaml.data.class_splits import require_same_classes, shipped_split
 from lightning_imaml.data.episodic import EpisodicDataModule

@@ -9,7 +9,7 @@ from typing import Any
 
 from torchvision.datasets import Omniglot
 
-from lightning_imaml.arguments import require_choice
+from lightning_imaml.components.checks import require_choice
 from lightning_imaml.data.cache import default_cache_dir
 from lightning_imaml.data.episodic import EpisodicDataModule
 from lightning_imaml.data.images import Classes, Decoding, OnBroken, find_classes, find_place, load_images

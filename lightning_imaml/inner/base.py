@@ -10,9 +10,12 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_imaml.component import Component, all_done, require, require_check_every
-from lightning_imaml.positive import Bounds, Per, Positive, Value, check, place
-from lightning_imaml.tasks import FlatModel, InnerProblem
+from lightning_imaml.components.base import Component
+from lightning_imaml.components.checks import require
+from lightning_imaml.components.stopping import all_done, require_check_every
+from lightning_imaml.parameters.positive import Bounds, Per, Positive, Value, check, place
+from lightning_imaml.parameters.rows import Rows
+from lightning_imaml.problems.supervised import InnerProblem
 
 State = tuple[Tensor, ...]
 """Tensors with a leading task dimension; the first is the parameters ``[T, D]``."""
@@ -46,7 +49,7 @@ class InnerSolver(Component, ABC):
         require(self.tol >= 0, self, "tol", "zero or positive", self.tol, "Use 0 to take all steps.")
         require_check_every(self, self.check_every)
 
-    def rates(self, model: FlatModel) -> dict[str, Tensor]:
+    def rates(self, model: Rows) -> dict[str, Tensor]:
         """The learned step sizes at the start, by names without dots; empty where nothing is learned."""
         return {}
 
@@ -143,11 +146,11 @@ class StepSizes(SteppingSolver):
         values = [getattr(self, setting.name) for setting in fields(self)]  # type: ignore[arg-type]
         return tuple(tuple(value.items()) if isinstance(value, Mapping) else value for value in values)
 
-    def rates(self, model: FlatModel) -> dict[str, Tensor]:
+    def rates(self, model: Rows) -> dict[str, Tensor]:
         """What is learned: a scalar, one number for each group, or one for each entry ``[D]``."""
         return self._placed(model).init(model)
 
-    def step_sizes(self, model: FlatModel, rates: Mapping[str, Tensor], rows: Tensor) -> Tensor | float:
+    def step_sizes(self, model: Rows, rates: Mapping[str, Tensor], rows: Tensor) -> Tensor | float:
         """The step size of all entries, or one for each entry, ``[D]``, for rows like these."""
         return self._placed(model).values(rates, rows)
 
@@ -158,7 +161,7 @@ class StepSizes(SteppingSolver):
             return torch.add(parameters, gradient, alpha=-lr)
         return parameters - lr * gradient
 
-    def _placed(self, model: FlatModel) -> Positive:
+    def _placed(self, model: Rows) -> Positive:
         return place("lr", self.lr, self.learned, self.per, self.bounds, model.layout)
 
 

@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_imaml.component import all_done, require
+from lightning_imaml.components.checks import require
+from lightning_imaml.components.stopping import all_done
 from lightning_imaml.curvature import Curvature, Hessian
 from lightning_imaml.inner.base import State, SteppingSolver
 from lightning_imaml.linear.conjugate_gradient import ConjugateGradient
-from lightning_imaml.tasks import InnerProblem
+from lightning_imaml.problems.supervised import InnerProblem
 
 _SUFFICIENT = 1e-4
 _HALVINGS = 12

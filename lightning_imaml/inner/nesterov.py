@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_imaml import compilation
+from lightning_imaml._compile import door as compilation
 from lightning_imaml.inner.base import State, StepSizes
-from lightning_imaml.positive import Bounds, Per, Value
-from lightning_imaml.tasks import InnerProblem
+from lightning_imaml.parameters.positive import Bounds, Per, Value
+from lightning_imaml.problems.supervised import InnerProblem
 
 
 @dataclass(frozen=True, eq=False)

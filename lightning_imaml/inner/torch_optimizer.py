@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from lightning_imaml.component import all_done, require
+from lightning_imaml.components.checks import require
+from lightning_imaml.components.stopping import all_done
 from lightning_imaml.inner.base import InnerSolution, InnerSolver, attach, refuse_differentiation
-from lightning_imaml.tasks import InnerProblem
+from lightning_imaml.problems.supervised import InnerProblem
 
 # Their updates mix the entries of a tensor, and so the tasks of the matrix.
 _NOT_ELEMENTWISE = ("LBFGS", "Muon", "Adafactor", "SparseAdam")

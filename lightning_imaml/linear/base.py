@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_imaml.component import Component
+from lightning_imaml.components.base import Component
 
 MatVec = Callable[[Tensor], Tensor]
 """v ↦ A v for T symmetric systems at once, ``[T, D]`` to ``[T, D]``."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
-from lightning_imaml.component import all_done, require, require_check_every
+from lightning_imaml.components.checks import require
+from lightning_imaml.components.stopping import all_done, require_check_every
 from lightning_imaml.linear.base import LinearSolution, LinearSolver, MatVec
 
 

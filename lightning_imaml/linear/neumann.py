@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
-from lightning_imaml.component import require
+from lightning_imaml.components.checks import require
 from lightning_imaml.linear.base import LinearSolution, LinearSolver, MatVec, random_signs
 
 _POWER_STEPS = 5

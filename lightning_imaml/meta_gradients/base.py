@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_imaml import compilation
-from lightning_imaml.component import Component
+from lightning_imaml._compile import door as compilation
+from lightning_imaml.components.base import Component
 from lightning_imaml.inner.base import InnerSolution, InnerSolver
 from lightning_imaml.linear.base import LinearSolution
-from lightning_imaml.tasks import InnerProblem, TaskLoss
+from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from lightning_imaml.inner.base import InnerSolver
 from lightning_imaml.meta_gradients.base import Estimate, Estimator, query_gradient, refuse_rates, refuse_strengths
-from lightning_imaml.phases import INNER_LOOP, phase
-from lightning_imaml.tasks import InnerProblem, TaskLoss
+from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
+from lightning_imaml.runtime.phases import INNER_LOOP, phase
 
 
 @dataclass(frozen=True)

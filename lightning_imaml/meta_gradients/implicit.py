@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_imaml import compilation
+from lightning_imaml._compile import door as compilation
 from lightning_imaml.curvature import Curvature, Hessian
 from lightning_imaml.inner.base import InnerSolver
 from lightning_imaml.linear.base import LinearSolver, MatVec, PreconditionedMatVec
 from lightning_imaml.linear.conjugate_gradient import ConjugateGradient
 from lightning_imaml.meta_gradients.base import Estimate, Estimator, leaves, query_gradient, refuse_rates
-from lightning_imaml.phases import INNER_LOOP, LINEAR_SOLVE, phase
+from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
 from lightning_imaml.regularizers.matrix import MatrixProximal
-from lightning_imaml.tasks import InnerProblem, TaskLoss
+from lightning_imaml.runtime.phases import INNER_LOOP, LINEAR_SOLVE, phase
 
 
 @dataclass(frozen=True)

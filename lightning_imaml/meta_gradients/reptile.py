@@ -8,8 +8,8 @@ import torch
 
 from lightning_imaml.inner.base import InnerSolver
 from lightning_imaml.meta_gradients.base import Estimate, Estimator, refuse_rates, refuse_strengths
-from lightning_imaml.phases import INNER_LOOP, phase
-from lightning_imaml.tasks import InnerProblem, TaskLoss
+from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
+from lightning_imaml.runtime.phases import INNER_LOOP, phase
 
 
 @dataclass(frozen=True)

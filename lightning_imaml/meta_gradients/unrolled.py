@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils import _pytree as pytree
 
-from lightning_imaml.component import require
+from lightning_imaml.components.checks import require
 from lightning_imaml.inner.base import InnerSolution, InnerSolver
 from lightning_imaml.meta_gradients.base import Estimate, Estimator, leaves, refuse_rates, refuse_strengths
-from lightning_imaml.phases import INNER_LOOP, phase
-from lightning_imaml.tasks import InnerProblem, TaskLoss
+from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
+from lightning_imaml.runtime.phases import INNER_LOOP, phase
 
 
 @dataclass(frozen=True)

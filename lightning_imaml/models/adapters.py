@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_imaml.component import require
-from lightning_imaml.layout import matches, require_matches
-from lightning_imaml.stock_layers import stock_layer
+from lightning_imaml.components.checks import require
+from lightning_imaml.parameters.names import matches, require_matches
+from lightning_imaml.problems.stock_layers import stock_layer
 
 
 @stock_layer

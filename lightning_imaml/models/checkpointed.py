@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from lightning_imaml.layout import tied_names
-from lightning_imaml.random_states import random_states, set_random_states
-from lightning_imaml.support_set import current_support_rows, support_rows
+from lightning_imaml.parameters.names import tied_names
+from lightning_imaml.problems.support_set import current_support_rows, support_rows
+from lightning_imaml.runtime.random_states import random_states, set_random_states
 
 
 class Checkpointed(nn.Module):

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lightning_imaml.component import require
+from lightning_imaml.components.checks import require
 from lightning_imaml.models.norm import Norm, norm_layer
-from lightning_imaml.stock_layers import stock_layer
+from lightning_imaml.problems.stock_layers import stock_layer
 
 
 @stock_layer

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_imaml.component import require
-from lightning_imaml.stock_layers import stock_layer
-from lightning_imaml.support_set import SupportLayer
+from lightning_imaml.components.checks import require
+from lightning_imaml.problems.stock_layers import stock_layer
+from lightning_imaml.problems.support_set import SupportLayer
 
 Norm = Literal["batch", "support", "group", "layer", "none"]
 """What a network normalises by.

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from lightning_imaml.component import require
+from lightning_imaml.components.checks import require
 from lightning_imaml.models.norm import Norm, norm_layer
 from lightning_imaml.models.resnet12 import conv, kaiming_normal, require_images
-from lightning_imaml.stock_layers import stock_layer
+from lightning_imaml.problems.stock_layers import stock_layer
 
 
 @stock_layer

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_imaml.component import Component
-
-if TYPE_CHECKING:
-    from lightning_imaml.layout import Layout
-    from lightning_imaml.tasks import FlatModel
+from lightning_imaml.components.base import Component
+from lightning_imaml.parameters.layout import Layout
+from lightning_imaml.parameters.rows import Rows
 
 
 class Regularizer(Component, ABC):
@@ -23,7 +20,7 @@ class Regularizer(Component, ABC):
     them where a closed form is cheaper. With learned strengths λ, override :meth:`init` too.
     """
 
-    def init(self, model: FlatModel) -> dict[str, Tensor]:
+    def init(self, model: Rows) -> dict[str, Tensor]:
         """The learned strengths λ at the start, by names without dots; empty where nothing is learned."""
         return {}
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_imaml.component import require
+from lightning_imaml.components.checks import require
 
 _LARGEST = 2048
 

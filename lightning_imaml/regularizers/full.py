@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_imaml.layout import Layout
+from lightning_imaml.parameters.layout import Layout
+from lightning_imaml.parameters.rows import Rows
 from lightning_imaml.regularizers.cholesky import factor, require_positive, require_small, scaled_identity
 from lightning_imaml.regularizers.matrix import InNetworkOrder, MatrixProximal
-
-if TYPE_CHECKING:
-    from lightning_imaml.tasks import FlatModel
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class FullProximal(MatrixProximal):
     def __post_init__(self) -> None:
         require_positive(self, self.strength)
 
-    def init(self, model: FlatModel) -> dict[str, Tensor]:
+    def init(self, model: Rows) -> dict[str, Tensor]:
         """``log_cholesky``, ``[D, D]``."""
         size = sum(model.layout.sizes)
         remedy = "Use KroneckerProximal or LowRankProximal, or adapt fewer parameters."

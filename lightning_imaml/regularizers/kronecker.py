@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_imaml.layout import Layout
+from lightning_imaml.parameters.layout import Layout
+from lightning_imaml.parameters.rows import Rows
 from lightning_imaml.regularizers.cholesky import factor, require_positive, require_small, scaled_identity
 from lightning_imaml.regularizers.matrix import MatrixProximal
-
-if TYPE_CHECKING:
-    from lightning_imaml.tasks import FlatModel
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class KroneckerProximal(MatrixProximal):
     def __post_init__(self) -> None:
         require_positive(self, self.strength)
 
-    def init(self, model: FlatModel) -> dict[str, Tensor]:
+    def init(self, model: Rows) -> dict[str, Tensor]:
         """A and B, or the diagonal, of every parameter."""
         found: dict[str, Tensor] = {}
         remedy = "Use Proximal(per='parameter') or LowRankProximal, or adapt other layers."

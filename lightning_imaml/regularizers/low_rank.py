@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_imaml.component import require
-from lightning_imaml.layout import Layout
+from lightning_imaml.components.checks import require
+from lightning_imaml.parameters.layout import Layout
+from lightning_imaml.parameters.rows import Rows
 from lightning_imaml.regularizers.cholesky import require_positive
 from lightning_imaml.regularizers.matrix import InNetworkOrder, MatrixProximal
-
-if TYPE_CHECKING:
-    from lightning_imaml.tasks import FlatModel
 
 # Of λ; at zero the factor would have no gradient.
 _START = 0.01
@@ -46,7 +43,7 @@ class LowRankProximal(MatrixProximal):
         require_positive(self, self.strength)
         require(self.rank >= 1, self, "rank", "at least 1", self.rank, "For a diagonal, use Proximal(per='parameter').")
 
-    def init(self, model: FlatModel) -> dict[str, Tensor]:
+    def init(self, model: Rows) -> dict[str, Tensor]:
         """``log_diagonal`` and ``factor``."""
         size = sum(model.layout.sizes)
         diagonal = torch.full((size,), math.log(self.strength), dtype=model.dtype, device=model.device)

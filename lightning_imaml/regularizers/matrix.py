@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.linalg import vecdot
 
-from lightning_imaml.layout import Layout
+from lightning_imaml.parameters.layout import Layout
 from lightning_imaml.regularizers.base import Regularizer
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_imaml.layout import Layout
-from lightning_imaml.positive import Bounds, Per, Positive, Value, check, place
+from lightning_imaml.parameters.layout import Layout
+from lightning_imaml.parameters.positive import Bounds, Per, Positive, Value, check, place
+from lightning_imaml.parameters.rows import Rows
 from lightning_imaml.regularizers.matrix import MatrixProximal
-
-if TYPE_CHECKING:
-    from lightning_imaml.tasks import FlatModel
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Proximal(MatrixProximal):
         )
         check(self, "strength", self.strength, self.learned, self.per, self.bounds, remedy)
 
-    def init(self, model: FlatModel) -> dict[str, Tensor]:
+    def init(self, model: Rows) -> dict[str, Tensor]:
         """What is learned: a scalar, one number for each group, or one for each entry ``[D]``."""
         return self._placed(model.layout).init(model)
 

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from matplotlib import pyplot
 
 from lightning_imaml.callbacks import LearningCurve, PeakMemoryMonitor
-from lightning_imaml.callbacks.curves import draw
+from lightning_imaml.diagnostics.curves import draw
 
 
 class Logging(BoringModel):

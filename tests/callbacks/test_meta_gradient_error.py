@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_imaml import Episode, IMAMLModule, phases
+from lightning_imaml import Episode, IMAMLModule
 from lightning_imaml.callbacks import ExactReference, MetaGradientErrorMonitor, PeakMemoryMonitor
 from lightning_imaml.curvature import Hessian
 from lightning_imaml.functional import meta_gradient
@@ -19,6 +19,7 @@ from lightning_imaml.inner import GradientDescent
 from lightning_imaml.linear import ConjugateGradient, Direct
 from lightning_imaml.meta_gradients import FirstOrder, Implicit
 from lightning_imaml.regularizers import Proximal
+from lightning_imaml.runtime import phases
 
 FEATURES, SAMPLES, STRENGTH = 6, 12, 0.5
 SOLVER = GradientDescent(lr=0.3, steps=3)

@@ -11,11 +11,11 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from lightning_imaml import phases
 from lightning_imaml.callbacks import PeakMemoryMonitor
-from lightning_imaml.callbacks.nested_peaks import MONITOR, CudaAllocated, NestedPeaks
 from lightning_imaml.callbacks.peak_memory import peak_resident_bytes
-from lightning_imaml.callbacks.schedule import EveryNSteps
+from lightning_imaml.diagnostics.nested_peaks import MONITOR, CudaAllocated, NestedPeaks
+from lightning_imaml.runtime import phases
+from lightning_imaml.training.schedule import EveryNSteps
 
 MIB = 2**20
 

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_imaml import Episode, IMAMLModule
 from lightning_imaml.callbacks import ResultsTable
-from lightning_imaml.callbacks.baseline import reinitialised
 from lightning_imaml.data import EpisodicDataModule
+from lightning_imaml.diagnostics.baseline import reinitialised
 from lightning_imaml.functional import adapt, predict
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.metrics import (

@@ -11,9 +11,9 @@ import torch
 from torch.func import functional_call, hessian
 from torch.nn import functional as F
 
-from lightning_imaml.callbacks.reference import ExactReference
 from lightning_imaml.curvature import Hessian
 from lightning_imaml.data import GlyphDataModule
+from lightning_imaml.diagnostics.reference import ExactReference
 from lightning_imaml.functional import adapt
 from lightning_imaml.linear import Direct
 from lightning_imaml.meta_gradients import Implicit

@@ -26,7 +26,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from lightning_imaml.recording import record, require_own_derivative
+from lightning_imaml._compile.recording import record, require_own_derivative
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -13,8 +13,8 @@ from torch.func import vmap
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
 
-from lightning_imaml import compilation
-from lightning_imaml.random_states import random_states, set_random_states
+from lightning_imaml._compile import door as compilation
+from lightning_imaml.runtime.random_states import random_states, set_random_states
 
 _batched: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 """Whether functions of an owner could be batched when they last ran."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_imaml.arguments import require_at_least_one
-from lightning_imaml.meta_steps import row_number
+from lightning_imaml.components.checks import require_at_least_one
+from lightning_imaml.training.meta_steps import row_number
 
 
 class EveryNSteps:

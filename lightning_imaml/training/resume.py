@@ -11,9 +11,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_imaml.meta_steps import counting_callback
-from lightning_imaml.random_states import random_states, seed_random_states, set_random_states
-from lightning_imaml.ranks import gather
+from lightning_imaml.runtime.random_states import random_states, seed_random_states, set_random_states
+from lightning_imaml.training.meta_steps import counting_callback
+from lightning_imaml.training.ranks import gather
 
 
 class OuterState(LightningModule):

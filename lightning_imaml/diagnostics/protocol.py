@@ -9,9 +9,9 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from lightning_imaml.callbacks.interface import evaluation_solver
+from lightning_imaml.diagnostics.interface import evaluation_solver
 from lightning_imaml.episodes import Episode
-from lightning_imaml.support_set import reads_support
+from lightning_imaml.problems.support_set import reads_support
 
 Span = tuple[float, float]
 """The lowest and the highest of a number that may differ from task to task."""

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from lightning_imaml.episodes import ordinary
-from lightning_imaml.tasks import FlatModel
+from lightning_imaml.problems.network import FlatModel
 
 # What a processor's caches can hold of a chunk: with more, batching saves less than the traffic with memory costs.
 _CPU_BYTES = 16 * 2**20

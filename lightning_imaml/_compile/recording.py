@@ -11,8 +11,8 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import BaseTorchDispatchMode
 
-from lightning_imaml.matrix_form import MatrixForm
-from lightning_imaml.random_states import random_states, set_random_states
+from lightning_imaml._compile.matrix_form import MatrixForm
+from lightning_imaml.runtime.random_states import random_states, set_random_states
 
 Flat = Callable[..., Sequence[Tensor]]
 # What a unit on the other side of its kink may change in a derivative; on Conv4-64, 0.003 was seen.

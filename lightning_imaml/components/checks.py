@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def require(condition: bool, owner: object, argument: str, requirement: str, found: object, remedy: str) -> None:
+    """Raise a ValueError that names the argument, the requirement, what was found and the remedy."""
+    if not condition:
+        raise ValueError(f"{type(owner).__name__}: {argument} must be {requirement}; found {found!r}. {remedy}")
+
+
 def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise a ValueError unless an argument is one of the choices."""
     if value not in choices:

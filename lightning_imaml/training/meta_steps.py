@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_imaml.ranks import open_gathering
+from lightning_imaml.training.ranks import open_gathering
 
 
 def row_number(trainer: Trainer) -> int:
@@ -64,8 +64,8 @@ class MetaSteps(Callback):
         batches: the batches of a meta-step.
 
     Attributes:
-        group: of all processes, see :func:`~lightning_imaml.ranks.gather`. It is kept here since the module must stay
-            one that can be copied and pickled.
+        group: of all processes, see :func:`~lightning_imaml.training.ranks.gather`. It is kept here since the module
+            must stay one that can be copied and pickled.
     """
 
     def __init__(self, batches: int) -> None:

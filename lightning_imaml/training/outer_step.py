@@ -18,12 +18,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
 
-from lightning_imaml.arguments import require_at_least_one, require_choice
+from lightning_imaml.components.checks import require_at_least_one, require_choice
 from lightning_imaml.functional import MetaGradient
-from lightning_imaml.meta_steps import MetaSteps, begin_next_epoch, counting_callback
 from lightning_imaml.metrics import is_classification
-from lightning_imaml.outer_state import OuterState
-from lightning_imaml.ranks import numbers_of_all_ranks, sum_over_ranks
+from lightning_imaml.training.meta_steps import MetaSteps, begin_next_epoch, counting_callback
+from lightning_imaml.training.ranks import numbers_of_all_ranks, sum_over_ranks
+from lightning_imaml.training.resume import OuterState
 
 _MOST_EMPTY_STEPS = 20
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -78,33 +77,3 @@ class Layout:
 
     def _moved(self, shape: tuple[int, ...]) -> bool:
         return self.channels_innermost and len(shape) == 4
-
-
-def matches(name: str, patterns: Collection[str]) -> bool:
-    """Whether a name matches one of the patterns: ``*`` and ``?`` as in a shell, but brackets stand for themselves."""
-    return any(fnmatchcase(name, pattern.replace("[", "[[]")) for pattern in patterns)
-
-
-def require_matches(patterns: Collection[str], names: Sequence[str], argument: str) -> None:
-    """Raise a ValueError that lists the names if a pattern matches none of them."""
-    unknown = [pattern for pattern in patterns if not any(matches(name, [pattern]) for name in names)]
-    if unknown:
-        raise ValueError(
-            f"{argument} must hold patterns of parameter names; found {unknown}, which match none. The names are "
-            f"{list(names)}: '*' stands for any part of them."
-        )
-
-
-def tied_names(module: nn.Module) -> dict[str, str]:
-    """The other names of parameters that have several, each with the first, by which ``named_parameters`` knows it.
-
-    For ``functional_call(..., tie_weights=False)`` to be given them all: PyTorch ties weights by itself, but does not
-    restore those of a layer that stands in a network twice.
-    """
-    first = {parameter: name for name, parameter in module.named_parameters()}
-    placed = (
-        (f"{prefix}.{name}" if prefix else name, parameter)
-        for prefix, layer in module.named_modules()  # Each layer once.
-        for name, parameter in layer.named_parameters(recurse=False, remove_duplicate=False)
-    )
-    return {name: first[parameter] for name, parameter in placed if name != first[parameter]}

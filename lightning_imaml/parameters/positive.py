@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_imaml.component import require
-from lightning_imaml.layout import Layout, matches, require_matches
-
-if TYPE_CHECKING:
-    from lightning_imaml.tasks import FlatModel
+from lightning_imaml.components.checks import require
+from lightning_imaml.parameters.layout import Layout
+from lightning_imaml.parameters.names import matches, require_matches
+from lightning_imaml.parameters.rows import Rows
 
 Value = float | Mapping[str, float]
 """A positive number, or patterns over parameter names with one each; the first pattern that matches a name counts."""
@@ -53,7 +52,7 @@ class Positive:
         """The name of what is learned."""
         return f"{'logit' if self.bounds else 'log'}_{self.name}"
 
-    def init(self, model: FlatModel) -> dict[str, Tensor]:
+    def init(self, model: Rows) -> dict[str, Tensor]:
         """What is learned at the start: a scalar, one number for each group ``[groups]``, or for each entry ``[D]``."""
         if not self.learned:
             return {}

@@ -17,7 +17,7 @@ from lightning_imaml.episodes import Episode
 from lightning_imaml.functional import MetaGradient, meta_gradient
 from lightning_imaml.linear import Direct, LinearSolver, MinRes
 from lightning_imaml.meta_gradients import Implicit
-from lightning_imaml.tasks import FlatModel
+from lightning_imaml.problems.network import FlatModel
 
 
 class MetaGradientError(NamedTuple):

@@ -1,0 +1,1 @@
+"""PyTorch's compiler, Inductor, behind two functions: run and run_linear."""

@@ -1,0 +1,1 @@
+"""The base of all settings, argument checks and stopping rules."""

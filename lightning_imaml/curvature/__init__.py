@@ -1,0 +1,12 @@
+"""Second derivatives of the inner objective, as products."""
+
+import torch
+
+from lightning_imaml.curvature.base import Curvature, Linearization
+from lightning_imaml.curvature.gauss_newton import GaussNewton
+from lightning_imaml.curvature.hessian import Hessian
+
+__all__ = ["Curvature", "GaussNewton", "Hessian", "Linearization"]
+
+# Checkpoints of earlier versions name the classes by the module that this package was.
+torch.serialization.add_safe_globals([(kind, f"{__name__}.{kind.__name__}") for kind in (GaussNewton, Hessian)])

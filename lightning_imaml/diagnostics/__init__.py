@@ -1,0 +1,1 @@
+"""Exact references, peaks of memory, and the protocol of an evaluation."""

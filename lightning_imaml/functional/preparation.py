@@ -1,0 +1,162 @@
+"""What happens before a batch of tasks is solved: checks, chunks, precision."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from lightning_imaml.episodes import Episode, ordinary
+from lightning_imaml.functional.settings import Settings
+from lightning_imaml.parameters.layout import Layout
+from lightning_imaml.problems.chunks import default_chunk_size
+from lightning_imaml.problems.network import FlatModel
+from lightning_imaml.problems.supervised import InnerProblem, LossFunction, TaskLoss
+from lightning_imaml.problems.support_set import joined
+from lightning_imaml.runtime.attention import plain_attention
+from lightning_imaml.runtime.precision import default_dtype, full_float32
+
+# What was last asked of a network's regulariser and solver: whose it is, of which parameters, and names and shapes.
+_needed: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[object, Layout, dict[str, list[int]]]]]
+_needed = weakref.WeakKeyDictionary()
+
+
+class Solve:
+    """A network and its settings, checked once against an episode.
+
+    Args:
+        model: the network.
+        episode: the tasks.
+        settings: how to solve them.
+        differentiated_steps: how many inner steps the estimator differentiates.
+
+    Attributes:
+        network: the network over rows of parameters.
+
+    Raises:
+        ValueError: an argument does not fit, see the message.
+    """
+
+    def __init__(self, model: nn.Module, episode: Episode, settings: Settings, differentiated_steps: int = 0) -> None:
+        self.settings = settings
+        self.differentiated_steps = differentiated_steps
+        self.network = flat = _network(model, settings)
+        episode.validate()
+        _require_fitting(flat, episode)
+        self.support_classes = classes_of("support_targets", episode.support_targets, settings.loss)
+        if episode.query_targets is episode.support_targets and settings.query_loss is settings.loss:
+            # Adaptation alone, without a query set; the host waits for a device only once.
+            self.query_classes = self.support_classes
+        else:
+            self.query_classes = classes_of("query_targets", episode.query_targets, settings.query_loss)
+        if settings.strengths is not None:
+            _require_learned("strengths", settings.strengths, settings.regularizer, "init", flat)
+        if settings.rates is not None:
+            _require_learned("rates", settings.rates, settings.inner_solver, "rates", flat)
+
+    def chunks(self, episode: Episode) -> Iterator[tuple[InnerProblem, TaskLoss]]:
+        """The inner problem and the query loss of each chunk of tasks; to be called within :meth:`precision`."""
+        flat, settings = self.network, self.settings
+        initial, state = flat.initial(), flat.state() if flat.shared else None
+        strengths = settings.regularizer.init(flat) if settings.strengths is None else settings.strengths
+        rates = settings.inner_solver.rates(flat) if settings.rates is None else settings.rates
+        strengths, rates = _in_dtype_of(flat, strengths), _in_dtype_of(flat, rates)
+        query_inputs, support_rows = joined(flat.module, episode.support_inputs, episode.query_inputs)
+        size = settings.chunk_size or default_chunk_size(
+            flat, episode.support_inputs, episode.tasks, query_inputs, self.differentiated_steps
+        )
+        for part in episode._replace(query_inputs=query_inputs).split(size):
+            tasks = Episode(*flat.cast(ordinary(tuple(part))))
+            support = TaskLoss(
+                flat, settings.loss, tasks.support_inputs, tasks.support_targets, self.support_classes, state
+            )
+            query = TaskLoss(
+                flat,
+                settings.query_loss,
+                tasks.query_inputs,
+                tasks.query_targets,
+                self.query_classes,
+                state,
+                support_rows,
+            )
+            yield InnerProblem(support, settings.regularizer, initial, strengths, rates), query
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Leave inference mode, which cannot differentiate, and autocast: a bf16 Hessian product is wrong by 5e-3."""
+        flat = self.network
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(plain_attention())
+            if self.settings.full_precision:
+                stack.enter_context(torch.autocast(flat.device.type, enabled=False))
+                stack.enter_context(full_float32())
+            if flat.dtype != flat.stored_dtype:  # What the network makes anew must fit, too.
+                stack.enter_context(default_dtype(flat.dtype))
+            yield
+
+
+def _network(model: nn.Module, settings: Settings) -> FlatModel:
+    flat = FlatModel(model, settings.compile, adapt_only=settings.adapt_only)
+    return flat.with_dtype(torch.promote_types(flat.dtype, torch.float32)) if settings.full_precision else flat
+
+
+def _require_fitting(flat: FlatModel, episode: Episode) -> None:
+    """Raise a ValueError unless the inputs have the network's device and dtype."""
+    for name in ("support_inputs", "query_inputs"):
+        for leaf in pytree.tree_leaves(getattr(episode, name)):
+            if leaf.device != flat.device:
+                raise ValueError(
+                    f"{name} must be on the backbone's device {flat.device}; found {leaf.device}. Move one of them "
+                    "with .to(device)."
+                )
+            if leaf.is_floating_point() and leaf.dtype != flat.stored_dtype:
+                raise ValueError(
+                    f"{name} must have the backbone's dtype {flat.stored_dtype}; found {leaf.dtype}. "
+                    f"Convert the episode with .to({flat.stored_dtype}), or the backbone with .to({leaf.dtype})."
+                )
+
+
+def _require_learned(argument: str, given: Mapping[str, Tensor], owner: object, method: str, flat: FlatModel) -> None:
+    """Raise a ValueError unless these are what a regulariser or a solver learns, by name and shape."""
+    last = _needed.setdefault(flat.module, {})
+    if argument not in last or last[argument][0] is not owner or last[argument][1] != flat.layout:
+        # Not in every step: the first values of a matrix take longer than the rest of the preparation.
+        last[argument] = owner, flat.layout, _shapes(getattr(owner, method)(flat))
+    found, needed = _shapes(given), last[argument][2]
+    if found != needed:
+        raise ValueError(
+            f"{argument} must hold tensors of the names and shapes that {type(owner).__name__} learns, {needed}; found "
+            f"{found}. Start from those of its method {method}, or leave {argument} out for them."
+        )
+
+
+def _shapes(tree: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in sorted(tree.items())}
+
+
+def _in_dtype_of(flat: FlatModel, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Those of a module may have more bits than its network.
+    return {name: value.to(flat.dtype) for name, value in learned.items()}
+
+
+def classes_of(name: str, targets: Any, loss: LossFunction) -> int | None:
+    """How many outputs class-index targets need; None where the loss does not take class indices."""
+    if loss is not F.cross_entropy and not isinstance(loss, nn.CrossEntropyLoss):
+        return None
+    if not isinstance(targets, Tensor) or targets.is_floating_point():
+        return None
+    ignored = loss.ignore_index if isinstance(loss, nn.CrossEntropyLoss) else -100
+    kept = targets.where(targets != ignored, 0)
+    lowest, highest = torch.stack([kept.min(), kept.max()]).tolist()
+    if lowest < 0:
+        raise ValueError(
+            f"{name} must be class indices from 0; found {lowest}. Relabel each task's classes to 0 … N-1."
+        )
+    return int(highest) + 1

@@ -1,0 +1,1 @@
+"""Inner problems: what the inner loop solves and the implicit gradient differentiates."""

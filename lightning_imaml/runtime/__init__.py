@@ -1,0 +1,1 @@
+"""State of PyTorch that a solve sets and restores: precision, attention, random states, phases, memory."""
