@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lightning_imaml import Episode
 
-OMNIGLOT = Path(__file__).resolve().parents[2] / "shared" / "data" / "omniglot"
+ROOT = Path(__file__).resolve().parents[1]
+OMNIGLOT = ROOT.parent / "shared" / "data" / "omniglot"
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,40 @@ MODULES = (
     "lightning_imaml.metrics", "lightning_imaml.models", "lightning_imaml.regularizers",
 )  # fmt: skip
 
+# The names that outside code relies on.
+NAMES = {
+    "lightning_imaml": ["IMAMLModule", "Episode"],
+    "lightning_imaml.inner": ["GradientDescent", "Nesterov", "HessianFree", "TorchOptimizer"],
+    "lightning_imaml.curvature": ["Hessian", "GaussNewton"],
+    "lightning_imaml.linear": ["ConjugateGradient", "Direct", "MinRes", "Neumann"],
+    "lightning_imaml.meta_gradients": ["Implicit", "FirstOrder", "Unrolled", "Truncated", "Reptile"],
+    "lightning_imaml.regularizers": [
+        "NoRegularizer", "Proximal", "MatrixProximal", "FullProximal", "KroneckerProximal", "LowRankProximal",
+    ],
+    "lightning_imaml.functional": ["adapt", "predict", "meta_gradient"],
+    "lightning_imaml.callbacks": [
+        "MetaGradientErrorMonitor", "PeakMemoryMonitor", "LearningCurve", "ResultsTable",
+        "AdaptationCurve", "EpisodeGrid", "RegularizerMonitor",
+    ],
+    "lightning_imaml.data": [
+        "EpisodicDataModule", "GlyphDataModule", "OmniglotDataModule", "MiniImageNetDataModule", "CifarFSDataModule",
+        "TieredImageNetDataModule", "CUBDataModule", "ImageFolderDataModule",
+        "TasksetDataModule", "SinusoidDataModule", "LinearRegressionDataModule", "PerSample", "RandomAffine",
+        "Affine",
+    ],
+    "lightning_imaml.models": [
+        "Conv4", "MLP", "ResNet12", "WideResNet", "SupportNorm", "use_batch_statistics", "use_support_statistics",
+        "add_low_rank_adapters", "Checkpointed",
+    ],
+    "lightning_imaml.allocator": ["keep_freed_memory"],
+    "lightning_imaml.checkpoints": ["AtomicCheckpointIO", "export_weights"],
+    "lightning_imaml.losses": ["ScaledCrossEntropy"],
+    "lightning_imaml.metrics": [
+        "EpisodicAccuracy", "EpisodicInterval95", "EpisodicLoss", "EpisodicCalibrationError", "EpisodicMetric",
+        "with_intervals",
+    ],
+}  # fmt: skip
+
 
 def public(module: ModuleType) -> dict[str, Any]:
     """What a module exports: its ``__all__``, or the functions and classes that it defines."""

@@ -18,14 +18,13 @@ import pytest
 import quickstart
 import torch
 import without_lightning
+from conftest import ROOT
 from lightning.pytorch import Trainer
 from PIL import Image
 
 from lightning_imaml import IMAMLModule
 from lightning_imaml.data import GlyphDataModule
 from lightning_imaml.models import Conv4
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_quickstart_writes_its_curve_and_tests_the_best_checkpoint(tmp_path, capsys):

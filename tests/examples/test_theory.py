@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import importlib
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import statistics
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 from torch.nn import functional as F
 
@@ -105,7 +105,7 @@ def test_one_kind_at_a_time():
         main(["--scaling", "--overhead"])
 
 
-RECORDED = Path(__file__).resolve().parent.parent / "docs" / "results" / "benchmark.csv"
+RECORDED = ROOT / "docs" / "results" / "benchmark.csv"
 LOOP, TORCHOPT, EAGER = (("w", "implicit", side) for side in ("sequential loop", "TorchOpt", "lightning_imaml"))
 
 

@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 from conftest import class_episode
-from test_curvature import dense
+from dense_curvature import dense
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from lightning_imaml import Episode, IMAMLModule
 from lightning_imaml.data import EpisodicDataModule, GlyphDataModule
@@ -16,7 +17,6 @@ from lightning_imaml.functional import adapt, meta_gradient
 from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.regularizers import Proximal
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [path for path in sorted((ROOT / "lightning_imaml").rglob("*.py")) if path.name != "__main__.py"]
 CENTRAL = (
     IMAMLModule, Episode, adapt, meta_gradient, EpisodicDataModule, GlyphDataModule, ConjugateGradient, Proximal,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import resource
 import signal
@@ -13,16 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
+from interrupted_runs import data, each_step, module, trainer, weights
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_imaml import IMAMLModule
 from lightning_imaml.checkpoints import AtomicCheckpointIO
-from lightning_imaml.data import EpisodicDataModule
-from lightning_imaml.inner import GradientDescent
-from lightning_imaml.regularizers import Proximal
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*Using ModelCheckpoint with manual optimization",
@@ -30,48 +28,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Checkpoint directory .* exists and is not empty",
     "ignore:Be aware that when using `ckpt_path`",
 )
-
-STEPS = 13
-
-
-def module(dropout: float = 0.0, kind: type[IMAMLModule] = IMAMLModule, **settings) -> IMAMLModule:
-    seed_everything(0, verbose=False)
-    network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(dropout), nn.Linear(4, 2))
-    schedule = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=3, gamma=0.5)
-    defaults = {
-        "inner_solver": GradientDescent(0.1, 2), "regularizer": Proximal(0.5, learned=True),
-        "optimizer": functools.partial(torch.optim.Adam, lr=0.01), "lr_scheduler": schedule,
-    }  # fmt: skip
-    return kind(network, **defaults | settings)
-
-
-def data(**settings) -> EpisodicDataModule:
-    generator = torch.Generator().manual_seed(0)
-    source = TensorDataset(torch.randn(120, 3, generator=generator), torch.arange(120) % 12)
-    sizes = {"ways": 2, "shots": 1, "queries": 2, "tasks_per_batch": 2, "batches_per_epoch": 5, "val_tasks": 2}
-    return EpisodicDataModule(source, **sizes | settings)
-
-
-def trainer(folder: Path, *callbacks: Callback, **settings) -> Trainer:
-    defaults = {
-        "max_steps": STEPS, "max_epochs": -1, "logger": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0,
-        "limit_val_batches": 1, "log_every_n_steps": 3,
-    }  # fmt: skip
-    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    return Trainer(
-        **defaults | {"enable_checkpointing": saves} | settings, default_root_dir=folder, callbacks=list(callbacks)
-    )
-
-
-def each_step(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        folder, filename="{step}", every_n_train_steps=1, save_top_k=2, monitor="step", mode="max", save_last=True
-    )
-
-
-def weights(model: nn.Module) -> Tensor:
-    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +41,7 @@ KILLED = """
 import os, random, signal, sys
 from pathlib import Path
 import torch
-from test_interruptions import data, each_step, module, trainer, weights
+from interrupted_runs import data, each_step, module, trainer, weights
 
 def one_life(folder, kill_at, instant):
     '''A run that resumes, and kills itself at a step: in the training step, or while it writes its checkpoint.'''
@@ -138,8 +94,7 @@ if __name__ == "__main__":
 def test_twenty_runs_killed_and_resumed_end_where_an_uninterrupted_one_does(tmp_path, whole):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    root = Path(__file__).parent
-    path = os.pathsep.join([str(root.parent), str(root)])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(script), str(tmp_path / "runs"), "20"], timeout=300, check=False,

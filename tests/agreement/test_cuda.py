@@ -12,14 +12,14 @@ from conftest import class_episode
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.nn import functional as F
 
 from lightning_imaml import Episode, IMAMLModule
 from lightning_imaml.callbacks import MetaGradientErrorMonitor, PeakMemoryMonitor
 from lightning_imaml.curvature import GaussNewton, Hessian
 from lightning_imaml.data import Affine, GlyphDataModule, RandomAffine
 from lightning_imaml.functional import adapt, evaluate, meta_gradient
-from lightning_imaml.functional.preparation import prepare
+from lightning_imaml.functional.preparation import Solve
+from lightning_imaml.functional.settings import Settings
 from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov, TorchOptimizer
 from lightning_imaml.linear import ConjugateGradient, Direct, MinRes, Neumann
 from lightning_imaml.meta_gradients import FirstOrder, Implicit, Reptile, Truncated, Unrolled
@@ -133,9 +133,7 @@ def test_peak_memory_does_not_grow_with_inner_steps():
 
 def test_chunks_follow_the_memory_of_the_card(monkeypatch):
     net, episode = network().to(CUDA), moved(images(8), CUDA)
-    solver, regularizer = GradientDescent(0.1, 2), Proximal(2.0)
-    given = (net, episode, F.cross_entropy, F.cross_entropy, solver, regularizer, None, None, None, None, False, True)
-    _, chunks = prepare(*given)
+    chunks = Solve(net, episode, Settings(inner_solver=GradientDescent(0.1, 2))).chunks
     assert [problem.tasks for problem, _ in chunks(episode)] == [8]
     # A quarter of it, for eight times what a forward pass keeps: two tasks at a time.
     small = SimpleNamespace(total_memory=4 * 8 * 2.5 * _bytes_of_a_task(FlatModel(net), episode.support_inputs))

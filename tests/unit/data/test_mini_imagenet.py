@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from lightning_imaml.data import MiniImageNetDataModule, mini_imagenet
 from lightning_imaml.data.class_splits import shipped_split
 from lightning_imaml.data.mini_imagenet import find_split
 
-REAL = Path(__file__).parents[3] / "shared" / "data" / "mini-imagenet"
+REAL = ROOT.parent / "shared" / "data" / "mini-imagenet"
 needs_data = pytest.mark.skipif(not REAL.is_dir(), reason="mini-ImageNet is not in ../shared/data/mini-imagenet")
 SMALL = {"train": ["n01", "n02", "n03"], "val": ["n04", "n05"], "test": ["n06", "n07"]}
 

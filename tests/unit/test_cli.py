@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 
 from lightning_imaml import IMAMLModule, cli
 from lightning_imaml.checkpoints import AtomicCheckpointIO, export_weights
 from lightning_imaml.inner import GradientDescent
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
 
 FIXED = {"check_every": 1, "learned": False, "per": None, "bounds": None}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
-from public_api import lines, members, shown, signature
-from test_design import NAMES
+from conftest import ROOT
+from public_api import NAMES, lines, members, shown, signature
 
-RECORDED = (Path(__file__).parent / "api.txt").read_text().splitlines()
+RECORDED = (ROOT / "tests" / "api.txt").read_text().splitlines()
 
 
 def test_the_api_is_as_recorded():

@@ -6,11 +6,11 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
@@ -18,7 +18,7 @@ from two_processes import METHODS, data, module, trainer, weights
 
 from lightning_imaml import IMAMLModule
 
-TESTS = Path(__file__).parent
+TESTS = ROOT / "tests"
 ROOT = TESTS.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)]), "OMP_NUM_THREADS": "1"}
 

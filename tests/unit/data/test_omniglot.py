@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from lightning_imaml.data import OmniglotDataModule, images, omniglot
 from lightning_imaml.data.labelled import gather
 
-REAL = Path(__file__).parents[3] / "shared" / "data" / "omniglot"
+REAL = ROOT.parent / "shared" / "data" / "omniglot"
 PARTS = {"images_background": ["Latin", "Greek"], "images_evaluation": ["Runes"]}
 
 

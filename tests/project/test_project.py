@@ -7,16 +7,15 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 from lightning_imaml import __version__
 
-ROOT = Path(__file__).resolve().parent.parent
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 WORKFLOW_TEXT = (ROOT / ".github" / "workflows" / "ci.yml").read_text()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_interruptions import data, each_step, module, trainer, weights
+from interrupted_runs import data, each_step, module, trainer, weights
 from torch import nn
 
 from lightning_imaml import IMAMLModule

@@ -6,10 +6,11 @@ import importlib
 import inspect
 import io
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
+from public_api import NAMES
 
 from lightning_imaml.curvature import GaussNewton, Hessian
 from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov, TorchOptimizer
@@ -18,41 +19,8 @@ from lightning_imaml.meta_gradients import FirstOrder, Implicit, Reptile, Trunca
 from lightning_imaml.regularizers import FullProximal, KroneckerProximal, LowRankProximal, Proximal
 from lightning_imaml.runtime.phases import listening, phase
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "lightning_imaml").rglob("*.py"))
 PROGRAMS = [path for folder in ("tests", "examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
-NAMES = {
-    "lightning_imaml": ["IMAMLModule", "Episode"],
-    "lightning_imaml.inner": ["GradientDescent", "Nesterov", "HessianFree", "TorchOptimizer"],
-    "lightning_imaml.curvature": ["Hessian", "GaussNewton"],
-    "lightning_imaml.linear": ["ConjugateGradient", "Direct", "MinRes", "Neumann"],
-    "lightning_imaml.meta_gradients": ["Implicit", "FirstOrder", "Unrolled", "Truncated", "Reptile"],
-    "lightning_imaml.regularizers": [
-        "NoRegularizer", "Proximal", "MatrixProximal", "FullProximal", "KroneckerProximal", "LowRankProximal",
-    ],
-    "lightning_imaml.functional": ["adapt", "predict", "meta_gradient"],
-    "lightning_imaml.callbacks": [
-        "MetaGradientErrorMonitor", "PeakMemoryMonitor", "LearningCurve", "ResultsTable",
-        "AdaptationCurve", "EpisodeGrid", "RegularizerMonitor",
-    ],
-    "lightning_imaml.data": [
-        "EpisodicDataModule", "GlyphDataModule", "OmniglotDataModule", "MiniImageNetDataModule", "CifarFSDataModule",
-        "TieredImageNetDataModule", "CUBDataModule", "ImageFolderDataModule",
-        "TasksetDataModule", "SinusoidDataModule", "LinearRegressionDataModule", "PerSample", "RandomAffine",
-        "Affine",
-    ],
-    "lightning_imaml.models": [
-        "Conv4", "MLP", "ResNet12", "WideResNet", "SupportNorm", "use_batch_statistics", "use_support_statistics",
-        "add_low_rank_adapters", "Checkpointed",
-    ],
-    "lightning_imaml.allocator": ["keep_freed_memory"],
-    "lightning_imaml.checkpoints": ["AtomicCheckpointIO", "export_weights"],
-    "lightning_imaml.losses": ["ScaledCrossEntropy"],
-    "lightning_imaml.metrics": [
-        "EpisodicAccuracy", "EpisodicInterval95", "EpisodicLoss", "EpisodicCalibrationError", "EpisodicMetric",
-        "with_intervals",
-    ],
-}  # fmt: skip
 SETTINGS = [
     GradientDescent(0.1, 5, tol=1e-3), ConjugateGradient(7, 1e-3, 0.5), Direct(), MinRes(9), Hessian(), GaussNewton(),
     Implicit(ConjugateGradient(3), GaussNewton()), FirstOrder(), Proximal(0.3, learned=True), Nesterov(0.1, 5),

@@ -8,17 +8,16 @@ import re
 import shlex
 import textwrap
 from functools import cache
-from pathlib import Path
 
 import _results
 import pytest
+from conftest import ROOT
 from lightning.pytorch import Trainer
-from test_design import NAMES
+from public_api import NAMES
 from test_trainer_flags import FLAGS
 
 from lightning_imaml import cli
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
 

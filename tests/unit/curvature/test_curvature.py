@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TanhNet, class_episode, regression_episode
-from torch.func import functional_call, hessian, jacrev
+from dense_curvature import dense
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from lightning_imaml._compile import door as compilation
@@ -28,21 +29,6 @@ def problem_of(loss, episode, net):
     flat = FlatModel(net)
     support = TaskLoss(flat, loss, episode.support_inputs.double(), episode.support_targets)
     return InnerProblem(support, Proximal(0.7), flat.initial(), {})
-
-
-def dense(curvature, loss, net, flat, row, inputs, targets):
-    def outputs(p):
-        named = {k: v.squeeze(0) for k, v in flat.unflatten(p.unsqueeze(0)).items()}
-        return functional_call(net, named, (inputs,))
-
-    if isinstance(curvature, Hessian):
-        matrix = hessian(lambda p: loss(outputs(p), targets))(row)
-    else:
-        jacobian = jacrev(outputs)(row).flatten(0, 1)
-        out = outputs(row)
-        bend = hessian(lambda o: loss(o, targets))(out).reshape(out.numel(), out.numel())
-        matrix = jacobian.T @ bend @ jacobian
-    return matrix + (0.7 + curvature.damping) * torch.eye(len(row), dtype=row.dtype)
 
 
 @pytest.mark.parametrize("case", CASES)
