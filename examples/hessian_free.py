@@ -28,13 +28,13 @@ from lightning_imaml.data import GlyphDataModule, OmniglotDataModule
 from lightning_imaml.inner import GradientDescent, HessianFree
 from lightning_imaml.models import Conv4
 from lightning_imaml.problems.network import FlatModel
-from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
+from lightning_imaml.problems.supervised import SupervisedProblem, TaskLoss
 from lightning_imaml.regularizers import Proximal
 
 COUNTS: Counter[str] = Counter()
 
 
-class CountingProblem(InnerProblem):
+class CountingProblem(SupervisedProblem):
     """An inner problem that counts its gradients and values."""
 
     def gradient(self, parameters: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class CountingCurvature(Curvature):
 
     curvature: Curvature
 
-    def expand(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
+    def expand(self, problem: SupervisedProblem, parameters: Tensor) -> Linearization:
         """Linearise, counted."""
         COUNTS["gradients"] += 1
         value, gradient, product = self.curvature.expand(problem, parameters)
@@ -102,7 +102,7 @@ def until(
         parameters = torch.where(going.unsqueeze(1), following, parameters)
         taken += going
         counted = COUNTS.copy()  # Checking the goal is not part of the solver.
-        residual = problem.residual(parameters)
+        residual = problem.residual_norm(parameters)
         COUNTS.clear()
         COUNTS.update(counted)
         going = residual > goal
@@ -141,7 +141,7 @@ def main(args: list[str] | None = None) -> list[Row]:
         COUNTS.clear()
         found = GradientDescent(lr, options.steps).solve(problem, problem.start())
         counted = COUNTS.copy()
-        goal = problem.residual(found.parameters)
+        goal = problem.residual_norm(found.parameters)
         outcomes = {"gradient descent": (goal, float(options.steps), counted)}
         for name, curvature, cg_steps in solvers:
             residual, taken, counted = until(problem, curvature, goal, options.most, cg_steps)

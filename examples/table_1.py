@@ -29,7 +29,7 @@ from lightning_imaml.inner import GradientDescent, Nesterov, SteppingSolver
 from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.meta_gradients import Estimator, Implicit, Truncated, Unrolled
 from lightning_imaml.problems.network import FlatModel
-from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
+from lightning_imaml.problems.supervised import SupervisedProblem, TaskLoss
 from lightning_imaml.regularizers import Proximal
 
 SOLVERS: tuple[Callable[..., SteppingSolver], ...] = (GradientDescent, Nesterov)
@@ -44,7 +44,7 @@ def steps_until(tasks: RegressionTasks, solver: SteppingSolver, goal: float) -> 
     """
     flat = FlatModel(tasks.model)
     support = TaskLoss(flat, F.mse_loss, tasks.episode.support_inputs, tasks.episode.support_targets)
-    problem = InnerProblem(support, Proximal(tasks.strength), flat.initial(), {})
+    problem = SupervisedProblem(support, Proximal(tasks.strength), flat.initial(), {})
     solution = tasks.solution()
     state = solver.init(problem, problem.start())
     first = torch.full((problem.tasks,), torch.inf, dtype=torch.float64)

@@ -112,6 +112,6 @@ class Episode(NamedTuple):
         return self
 
 
-def ordinary(tree: Any) -> Any:
+def clone_inference_tensors(tree: Any) -> Any:
     """Replace inference-mode tensors, which autograd refuses, by ordinary copies; other tensors stay as they are."""
     return pytree.tree_map_only(torch.Tensor, lambda t: t.clone() if t.is_inference() else t, tree)

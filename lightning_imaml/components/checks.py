@@ -21,3 +21,8 @@ def require_at_least_one(name: str, value: int, remedy: str) -> None:
     """Raise a ValueError unless an argument is at least 1."""
     if value < 1:
         raise ValueError(f"{name} must be at least 1; found {value}. {remedy}")
+
+
+def first_line(error: Exception) -> str:
+    """An error's message without the rest of its story."""
+    return (str(error).splitlines() or ["no message"])[0].rstrip(".")

@@ -2,9 +2,10 @@
 
 import torch
 
-from lightning_imaml.curvature.base import Curvature, Linearization
+from lightning_imaml.curvature.base import Curvature
 from lightning_imaml.curvature.gauss_newton import GaussNewton
 from lightning_imaml.curvature.hessian import Hessian
+from lightning_imaml.problems.base import Linearization
 
 __all__ = ["Curvature", "GaussNewton", "Hessian", "Linearization"]
 

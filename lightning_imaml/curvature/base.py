@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_imaml._compile import door as compilation
+from lightning_imaml import _compile
 from lightning_imaml.components.base import Component
 from lightning_imaml.components.checks import require
-from lightning_imaml.problems.supervised import InnerProblem
+from lightning_imaml.linear.operator import LinearOperator, MatVec
+from lightning_imaml.problems.base import Linearization
+from lightning_imaml.problems.supervised import SupervisedProblem
 
-
-class Linearization(NamedTuple):
-    """The inner objective G around one point.
-
-    Attributes:
-        value: G, ``[T]``.
-        gradient: ∇G, ``[T, D]``.
-        product: v ↦ (curvature of G) v, both ``[T, D]``; holds the graph of one forward pass and of what else it
-            differentiates again, which is freed with it.
-    """
-
-    value: Tensor
-    gradient: Tensor
-    product: Callable[[Tensor], Tensor]
+Expansion = tuple[Tensor, Tensor, MatVec]
+"""G, its gradient and the product with its curvature at one point."""
 
 
 class Curvature(Component, ABC):
@@ -38,32 +26,38 @@ class Curvature(Component, ABC):
 
     damping: float = 0.0
 
-    def linearize(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
+    def linearize(self, problem: SupervisedProblem, parameters: Tensor) -> Linearization:
         """Linearise G around ``parameters``, ``[T, D]``."""
-        value, gradient, product = compilation.run_linear(self.expand, problem, parameters)
-        if not self.damping:
-            return Linearization(value, gradient, product)
-        return Linearization(value, gradient, lambda vector: torch.add(product(vector), vector, alpha=self.damping))
+        value, gradient, product = _compile.run_linear(self.expand, problem, parameters)
+
+        def damped(vector: Tensor) -> Tensor:
+            return torch.add(product(vector), vector, alpha=self.damping)
+
+        return Linearization(value, gradient, LinearOperator(damped if self.damping else product))
 
     @abstractmethod
-    def expand(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
-        """What :meth:`linearize` compiles where the user asked for it: value, gradient and product, without damping."""
+    def expand(self, problem: SupervisedProblem, parameters: Tensor) -> Expansion:
+        """What :meth:`linearize` compiles where the user asked for it, without damping.
+
+        Returns:
+            G ``[T]``, ∇G ``[T, D]``, and the map v ↦ (curvature of G) v, both ``[T, D]``.
+        """
 
     def __post_init__(self) -> None:
         require(self.damping >= 0, self, "damping", "zero or positive", self.damping, "Use 0 for no damping.")
 
 
-def linearization_of(
-    problem: InnerProblem, parameters: Tensor, losses: Tensor, gradient: Tensor, product: Callable[[Tensor], Tensor]
-) -> Linearization:
-    """That of G, where value and gradient are those of L alone."""
+def expansion_of(
+    problem: SupervisedProblem, parameters: Tensor, losses: Tensor, gradient: Tensor, product: MatVec
+) -> Expansion:
+    """The expansion of G = L + R from value and gradient of L, and the product of both."""
     at = (parameters, problem.initial, problem.strengths)
     with torch.no_grad():
         value, slope = problem.regularizer.penalty(*at), problem.regularizer.gradient(*at)
-    return Linearization(losses.detach() + value, gradient.detach() + slope, product)
+    return (losses.detach() + value, gradient.detach() + slope, product)
 
 
-def regularizer_product(problem: InnerProblem, parameters: Tensor, vector: Tensor) -> Tensor:
+def regularizer_product(problem: SupervisedProblem, parameters: Tensor, vector: Tensor) -> Tensor:
     """∇²R times ``vector``, ``[T, D]``."""
     with torch.no_grad():
         return problem.regularizer.product(vector, parameters, problem.initial, problem.strengths)

@@ -38,7 +38,7 @@ def push_forward(support: TaskLoss, point: Tensor) -> Callable[[Tensor], Tensor]
     def push(vector: Tensor) -> Tensor:
         with _one_level, torch.no_grad(), forward_ad.dual_level():
             dual = forward_ad.make_dual(point.detach(), vector)  # type: ignore[no-untyped-call]
-            value, tangent = forward_ad.unpack_dual(support.outputs(dual, once=True))  # type: ignore[no-untyped-call]
+            value, tangent = forward_ad.unpack_dual(support.outputs(dual, first_order_only=True))  # type: ignore[no-untyped-call]
         return torch.zeros_like(value) if tangent is None else tangent
 
     _load_forward_mode()

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_imaml.curvature.base import Curvature, Linearization, linearization_of, regularizer_product
+from lightning_imaml.curvature.base import Curvature, Expansion, expansion_of, regularizer_product
 from lightning_imaml.curvature.forward_mode import has_forward_mode, push_by_reverse, push_forward
-from lightning_imaml.problems.supervised import InnerProblem
+from lightning_imaml.problems.supervised import SupervisedProblem
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,19 @@ class GaussNewton(Curvature):
 
     damping: float = 0.0
 
-    def expand(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
+    def expand(self, problem: SupervisedProblem, parameters: Tensor) -> Expansion:
         """Linearise G around ``parameters``, ``[T, D]``, with plain PyTorch."""
         forward_mode = has_forward_mode(problem.support)
         with torch.enable_grad():
             point = parameters.detach().requires_grad_()
-            outputs = problem.support.outputs(point, once=forward_mode)
+            outputs = problem.support.outputs(point, first_order_only=forward_mode)
             if not isinstance(outputs, Tensor):
                 raise TypeError(
                     f"GaussNewton: the backbone's outputs must be one tensor; found {type(outputs).__name__}. "
                     "Return one tensor, or use curvature=Hessian()."
                 )
             cut = outputs.detach().requires_grad_()
-            losses = problem.support.of(cut)
+            losses = problem.support.from_outputs(cut)
             (slope,) = torch.autograd.grad(losses.sum(), cut, create_graph=True)
             (gradient,) = torch.autograd.grad(outputs, point, slope.detach(), retain_graph=True)
         push = push_forward(problem.support, point) if forward_mode else push_by_reverse(point, outputs)
@@ -59,4 +59,4 @@ class GaussNewton(Curvature):
             (pulled,) = torch.autograd.grad(outputs, point, bent, retain_graph=True)
             return pulled + regular
 
-        return linearization_of(problem, parameters, losses, gradient, product)
+        return expansion_of(problem, parameters, losses, gradient, product)

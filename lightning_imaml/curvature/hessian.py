@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_imaml.curvature.base import Curvature, Linearization, linearization_of, regularizer_product
-from lightning_imaml.problems.supervised import InnerProblem
+from lightning_imaml.curvature.base import Curvature, Expansion, expansion_of, regularizer_product
+from lightning_imaml.problems.supervised import SupervisedProblem
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Hessian(Curvature):
 
     damping: float = 0.0
 
-    def expand(self, problem: InnerProblem, parameters: Tensor) -> Linearization:
+    def expand(self, problem: SupervisedProblem, parameters: Tensor) -> Expansion:
         """Linearise G around ``parameters``, ``[T, D]``, with plain PyTorch."""
         with torch.enable_grad():
             point = parameters.detach().requires_grad_()
@@ -40,4 +40,4 @@ class Hessian(Curvature):
             (loss_product,) = torch.autograd.grad(gradient, point, vector, retain_graph=True, materialize_grads=True)
             return loss_product + regular
 
-        return linearization_of(problem, parameters, losses, gradient, product)
+        return expansion_of(problem, parameters, losses, gradient, product)

@@ -55,6 +55,7 @@ def adapt(
     Works in inference mode too, and never builds a second-order graph.
 
     Example:
+        >>> from lightning_imaml.inner import GradientDescent
         >>> inputs, targets = torch.randn(3, 5, 8), torch.arange(5).expand(3, 5)  # three tasks: 5-way 1-shot
         >>> adapted = adapt(nn.Linear(8, 5), inputs, targets, inner_solver=GradientDescent(lr=0.1, steps=8))
         >>> adapted.parameters["weight"].shape
@@ -100,7 +101,7 @@ def adapt(
         for problem, _ in solve.chunks(episode):
             with phase(INNER_LOOP):
                 solutions.append(inner_solver.solve(problem, problem.start()))
-            residuals.append(problem.residual(solutions[-1].parameters))
+            residuals.append(problem.residual_norm(solutions[-1].parameters))
         residual = torch.cat(residuals)
         quantities = {"the inner loop's gradient norm": residual}
         if bad_tasks.find(quantities).any():

@@ -67,6 +67,8 @@ def meta_gradient(
     """The gradient of F(θ, λ) = (1/T) Σ_i Q_i(φ_i) for a batch of tasks.
 
     Example:
+        >>> from lightning_imaml.inner import GradientDescent
+        >>> from lightning_imaml.regularizers import Proximal
         >>> model = nn.Linear(1, 1, bias=False)
         >>> _ = nn.init.zeros_(model.weight)  # θ = 0
         >>> one = torch.ones(1, 1, 1)  # One task with the example x = 1, y = 1: L(φ) = Q(φ) = (φ − 1)².

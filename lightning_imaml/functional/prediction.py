@@ -15,7 +15,7 @@ from lightning_imaml.functional.settings import check_chunk_size
 from lightning_imaml.problems.chunks import default_chunk_size
 from lightning_imaml.problems.network import FlatModel
 from lightning_imaml.problems.supervised import LossFunction, TaskLoss
-from lightning_imaml.problems.support_set import joined
+from lightning_imaml.problems.support_set import concat_support
 from lightning_imaml.runtime.attention import plain_attention
 
 
@@ -81,7 +81,7 @@ def evaluate(
         outputs = predict_rows(flat, flat.flatten(parameters), inputs, support_inputs, chunk_size)
         targets = flat.cast(targets)
         task_loss = TaskLoss(flat, loss, inputs, targets, classes_of("targets", targets, loss))
-        return task_loss.of(task_loss.check(outputs)), outputs
+        return task_loss.from_outputs(task_loss.check(outputs)), outputs
 
 
 def predict_rows(
@@ -89,7 +89,7 @@ def predict_rows(
 ) -> Any:
     """Outputs ``[T, n, ...]`` of the networks whose parameters are rows ``[T, D]``, see :func:`predict`."""
     check_chunk_size(chunk_size)
-    inputs, support = joined(flat.module, flat.cast(support_inputs), flat.cast(inputs))
+    inputs, support = concat_support(flat.module, flat.cast(support_inputs), flat.cast(inputs))
     size = chunk_size or default_chunk_size(flat, inputs, rows.shape[0])
     with plain_attention():
         pieces = [

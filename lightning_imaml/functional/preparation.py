@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from lightning_imaml.episodes import Episode, ordinary
+from lightning_imaml.episodes import Episode, clone_inference_tensors
 from lightning_imaml.functional.settings import Settings
 from lightning_imaml.parameters.layout import Layout
 from lightning_imaml.problems.chunks import default_chunk_size
 from lightning_imaml.problems.network import FlatModel
-from lightning_imaml.problems.supervised import InnerProblem, LossFunction, TaskLoss
-from lightning_imaml.problems.support_set import joined
+from lightning_imaml.problems.supervised import LossFunction, SupervisedProblem, TaskLoss
+from lightning_imaml.problems.support_set import concat_support
 from lightning_imaml.runtime.attention import plain_attention
 from lightning_imaml.runtime.precision import default_dtype, full_float32
 
@@ -60,19 +60,20 @@ class Solve:
         if settings.rates is not None:
             _require_learned("rates", settings.rates, settings.inner_solver, "rates", flat)
 
-    def chunks(self, episode: Episode) -> Iterator[tuple[InnerProblem, TaskLoss]]:
+    def chunks(self, episode: Episode) -> Iterator[tuple[SupervisedProblem, TaskLoss]]:
         """The inner problem and the query loss of each chunk of tasks; to be called within :meth:`precision`."""
         flat, settings = self.network, self.settings
         initial, state = flat.initial(), flat.state() if flat.shared else None
+        regularizer = settings.regularizer.for_layout(flat.layout)
         strengths = settings.regularizer.init(flat) if settings.strengths is None else settings.strengths
         rates = settings.inner_solver.rates(flat) if settings.rates is None else settings.rates
         strengths, rates = _in_dtype_of(flat, strengths), _in_dtype_of(flat, rates)
-        query_inputs, support_rows = joined(flat.module, episode.support_inputs, episode.query_inputs)
+        query_inputs, support_rows = concat_support(flat.module, episode.support_inputs, episode.query_inputs)
         size = settings.chunk_size or default_chunk_size(
             flat, episode.support_inputs, episode.tasks, query_inputs, self.differentiated_steps
         )
         for part in episode._replace(query_inputs=query_inputs).split(size):
-            tasks = Episode(*flat.cast(ordinary(tuple(part))))
+            tasks = Episode(*flat.cast(clone_inference_tensors(tuple(part))))
             support = TaskLoss(
                 flat, settings.loss, tasks.support_inputs, tasks.support_targets, self.support_classes, state
             )
@@ -85,7 +86,7 @@ class Solve:
                 state,
                 support_rows,
             )
-            yield InnerProblem(support, settings.regularizer, initial, strengths, rates), query
+            yield SupervisedProblem(support, regularizer, initial, strengths, rates), query
 
     @contextmanager
     def precision(self) -> Iterator[None]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_imaml.inner.base import State, StepSizes
-from lightning_imaml.parameters.positive import Bounds, Per, Value
-from lightning_imaml.problems.supervised import InnerProblem
+from lightning_imaml.parameters.positive import Bounds, Granularity, Value
+from lightning_imaml.problems.base import Minimization
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +39,14 @@ class GradientDescent(StepSizes):
     tol: float = 0.0
     check_every: int = 1
     learned: bool = False
-    per: Per | None = None
+    per: Granularity | None = None
     bounds: Bounds | None = None
 
-    def init(self, problem: InnerProblem, parameters: Tensor) -> State:
+    def init(self, problem: Minimization, parameters: Tensor) -> State:
         """The state is the parameters alone."""
         return (parameters,)
 
-    def step(self, problem: InnerProblem, state: State) -> tuple[State, Tensor]:
+    def step(self, problem: Minimization, state: State) -> tuple[State, Tensor]:
         """One gradient step for all tasks."""
         (parameters,) = state
         gradient = problem.gradient(parameters)  # Compiled by itself, it is the one that the residual takes, too.

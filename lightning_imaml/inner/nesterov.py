@@ -8,10 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_imaml._compile import door as compilation
 from lightning_imaml.inner.base import State, StepSizes
-from lightning_imaml.parameters.positive import Bounds, Per, Value
-from lightning_imaml.problems.supervised import InnerProblem
+from lightning_imaml.parameters.positive import Bounds, Granularity, Value
+from lightning_imaml.problems.base import Minimization
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,21 +48,21 @@ class Nesterov(StepSizes):
     tol: float = 0.0
     check_every: int = 1
     learned: bool = False
-    per: Per | None = None
+    per: Granularity | None = None
     bounds: Bounds | None = None
     positions: ClassVar[int] = 2
 
-    def init(self, problem: InnerProblem, parameters: Tensor) -> State:
+    def init(self, problem: Minimization, parameters: Tensor) -> State:
         """The state is (y, x, t)."""
         # A copy, since the compiler treats one tensor given twice as a case of its own.
         return parameters, parameters.clone(), torch.ones_like(parameters[:, :1])
 
-    def step(self, problem: InnerProblem, state: State) -> tuple[State, Tensor]:
+    def step(self, problem: Minimization, state: State) -> tuple[State, Tensor]:
         """One accelerated step for all tasks."""
-        following, gradient = compilation.run(self._accelerate, problem, *state, repeated=True)
+        following, gradient = problem.run(self._accelerate, *state)
         return following, gradient
 
-    def _accelerate(self, problem: InnerProblem, y: Tensor, x: Tensor, t: Tensor) -> tuple[State, Tensor]:
+    def _accelerate(self, problem: Minimization, y: Tensor, x: Tensor, t: Tensor) -> tuple[State, Tensor]:
         gradient = problem.gradient(y)
         following = self.descend(problem, y, gradient)
         move = following - x

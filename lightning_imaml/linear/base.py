@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_imaml.components.base import Component
-
-MatVec = Callable[[Tensor], Tensor]
-"""v ↦ A v for T symmetric systems at once, ``[T, D]`` to ``[T, D]``."""
-
-
-@dataclass(frozen=True, eq=False)
-class PreconditionedMatVec:
-    """A matvec that comes with an approximation of A⁻¹, which a solver may precondition by.
-
-    Attributes:
-        product: v ↦ A v.
-        inverse: v ↦ P v with P near A⁻¹, symmetric and positive definite, ``[T, D]`` to ``[T, D]``.
-    """
-
-    product: MatVec
-    inverse: MatVec
-
-    def __call__(self, vector: Tensor) -> Tensor:
-        """A v."""
-        return self.product(vector)
+from lightning_imaml.linear.operator import LinearOperator, MatVec
 
 
 class LinearSolution(NamedTuple):
@@ -52,15 +32,18 @@ class LinearSolution(NamedTuple):
 
 
 class LinearSolver(Component, ABC):
-    """Solves T symmetric linear systems at once; it sees products with A, never a model."""
+    """Solves T linear systems at once; it sees an operator, never a model."""
 
     @abstractmethod
-    def solve(self, matvec: MatVec, rhs: Tensor) -> LinearSolution:
+    def solve(self, matvec: MatVec | LinearOperator, rhs: Tensor) -> LinearSolution:
         """Solve A x = b for every task.
 
         Args:
-            matvec: v ↦ A v, ``[T, D]`` to ``[T, D]``, row by row.
+            matvec: A as an operator; or a bare function v ↦ A v, ``[T, D]`` to ``[T, D]``, of a symmetric A.
             rhs: b, ``[T, D]``.
+
+        Raises:
+            ValueError: the solver cannot solve such an operator; the message names one that can.
         """
 
 

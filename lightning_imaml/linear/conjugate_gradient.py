@@ -11,7 +11,8 @@ from torch.linalg import vecdot
 
 from lightning_imaml.components.checks import require
 from lightning_imaml.components.stopping import all_done, require_check_every
-from lightning_imaml.linear.base import LinearSolution, LinearSolver, MatVec, PreconditionedMatVec, random_signs
+from lightning_imaml.linear.base import LinearSolution, LinearSolver, random_signs
+from lightning_imaml.linear.operator import LinearOperator, MatVec, require_symmetric
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class ConjugateGradient(LinearSolver):
     task; it is exact where A is diagonal. It helps where the diagonal spreads over orders of magnitude. Entries below a
     hundredth of the mean size are raised to it, so that M is positive definite.
 
-    With ``preconditioner="regularizer"``, M is the matrix of a
-    :class:`~lightning_imaml.regularizers.MatrixProximal`, as ``Implicit`` passes it on. It costs no products, and helps
-    where R has most of the curvature, and most of its spread.
+    With ``preconditioner="regularizer"``, M⁻¹ is the operator's own preconditioner, which an inner problem takes from a
+    :class:`~lightning_imaml.regularizers.MatrixProximal`. It costs no products, and helps where R has most of the
+    curvature, and most of its spread.
 
     Example:
         >>> diagonal = torch.tensor([[1.0, 2.0, 4.0]])  # The matrix A of a single task.
@@ -54,7 +55,8 @@ class ConjugateGradient(LinearSolver):
 
     Raises:
         ValueError: ``max_iter`` or ``check_every`` is below 1, or ``rtol``, ``damping`` or ``jacobi_probes`` is
-            negative, or both preconditioners are asked for; in use, there is no regulariser with a matrix.
+            negative, or both preconditioners are asked for; in use, the operator is not symmetric, or there is no
+            regulariser with a matrix.
     """
 
     max_iter: int = 5
@@ -76,9 +78,10 @@ class ConjugateGradient(LinearSolver):
         remedy = "Leave one of them out."
         require(not (found and probes), self, "preconditioner", "None with jacobi_probes", found, remedy)
 
-    def solve(self, matvec: MatVec, rhs: Tensor) -> LinearSolution:
+    def solve(self, matvec: MatVec | LinearOperator, rhs: Tensor) -> LinearSolution:
         """Solve A x = b for every task, see :meth:`LinearSolver.solve`."""
-        precondition = self._preconditioner(matvec, rhs)
+        operator = require_symmetric(self, matvec)
+        precondition = self._preconditioner(operator, rhs)
         x = torch.zeros_like(rhs)
         r = rhs.clone()
         p = rhs.clone() if precondition is None else precondition(rhs)
@@ -91,7 +94,7 @@ class ConjugateGradient(LinearSolver):
         indefinite = torch.zeros_like(active)
         broken = torch.zeros_like(active)
         for k in range(self.max_iter):
-            product = matvec(p)
+            product = operator(p)
             if self.damping:
                 product = product + self.damping * p
             curvature = vecdot(p, product)
@@ -114,25 +117,25 @@ class ConjugateGradient(LinearSolver):
         residual = torch.where(norm2 == 0, 0, (rr / norm2).sqrt()).masked_fill(broken, torch.nan)
         return LinearSolution(x, steps, residual, (rr <= goal) & ~broken, indefinite)
 
-    def _preconditioner(self, matvec: MatVec, rhs: Tensor) -> MatVec | None:
+    def _preconditioner(self, operator: LinearOperator, rhs: Tensor) -> MatVec | None:
         """R ↦ M⁻¹ r, ``[T, D]`` to ``[T, D]``."""
         if self.jacobi_probes:
-            scale = self._jacobi(matvec, rhs)
+            scale = self._jacobi(operator, rhs)
             return lambda vector: scale * vector
         if self.preconditioner is None:
             return None
-        if not isinstance(matvec, PreconditionedMatVec):
+        if operator.preconditioner is None:
             raise ValueError(
                 "ConjugateGradient: preconditioner='regularizer' must have a regulariser with a matrix; found none. "
                 "Use Proximal or another MatrixProximal, or jacobi_probes."
             )
-        return matvec.inverse
+        return operator.preconditioner
 
-    def _jacobi(self, matvec: MatVec, rhs: Tensor) -> Tensor:
+    def _jacobi(self, operator: LinearOperator, rhs: Tensor) -> Tensor:
         """The inverse of A's estimated diagonal: ``[T, D]``."""
         diagonal = torch.zeros_like(rhs)
         for probe in random_signs(rhs, self.jacobi_probes):
-            diagonal.addcmul_(probe, matvec(probe))
+            diagonal.addcmul_(probe, operator(probe))
         # A product that is not finite is reported by the iterations, which meet it too.
         diagonal = (diagonal / self.jacobi_probes + self.damping).abs().nan_to_num(0, 0)
         floor = diagonal.mean(dim=1, keepdim=True) / 100

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_imaml.linear.base import LinearSolution, LinearSolver, MatVec
+from lightning_imaml.linear.base import LinearSolution, LinearSolver
+from lightning_imaml.linear.operator import LinearOperator, MatVec
 
 
 @dataclass(frozen=True)
@@ -15,11 +16,11 @@ class Direct(LinearSolver):
     """Builds A from D products and solves it by LU factorisation, definite or not.
 
     Needs T·D² numbers and D products, so it is for small D: references, tests, heads. ``indefinite`` comes from the
-    smallest eigenvalue. A task whose system is singular gets x = 0 and is not converged. SciPy's equivalent is
-    ``scipy.linalg.solve``.
+    smallest eigenvalue of A's symmetric part. A task whose system is singular gets x = 0 and is not
+    converged. SciPy's equivalent is ``scipy.linalg.solve``.
     """
 
-    def solve(self, matvec: MatVec, rhs: Tensor) -> LinearSolution:
+    def solve(self, matvec: MatVec | LinearOperator, rhs: Tensor) -> LinearSolution:
         """Solve A x = b for every task, see :meth:`LinearSolver.solve`."""
         size = rhs.shape[1]
         columns = [

@@ -10,7 +10,8 @@ from torch.linalg import vecdot, vector_norm
 
 from lightning_imaml.components.checks import require
 from lightning_imaml.components.stopping import all_done, require_check_every
-from lightning_imaml.linear.base import LinearSolution, LinearSolver, MatVec
+from lightning_imaml.linear.base import LinearSolution, LinearSolver
+from lightning_imaml.linear.operator import LinearOperator, MatVec, require_symmetric
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class MinRes(LinearSolver):
         require(self.rtol >= 0, self, "rtol", "zero or positive", self.rtol, "Use 0 to run all iterations.")
         require_check_every(self, self.check_every)
 
-    def solve(self, matvec: MatVec, rhs: Tensor) -> LinearSolution:
+    def solve(self, matvec: MatVec | LinearOperator, rhs: Tensor) -> LinearSolution:
         """Solve A x = b for every task, see :meth:`LinearSolver.solve`."""
+        operator = require_symmetric(self, matvec)
         norm = vector_norm(rhs, dim=1)
         zero = torch.zeros_like(norm)
         x = torch.zeros_like(rhs)
@@ -56,7 +58,7 @@ class MinRes(LinearSolver):
         broken = torch.zeros_like(active)
         for k in range(self.max_iter):
             # Lanczos: A v_k = β_k v_{k-1} + α_k v_k + β_{k+1} v_{k+1}.
-            product = matvec(v)
+            product = operator(v)
             broken |= active & ~product.isfinite().all(dim=1)
             product = product.nan_to_num()
             alpha = vecdot(v, product)
@@ -83,7 +85,7 @@ class MinRes(LinearSolver):
             if self.rtol > 0 and k + 1 < self.max_iter and all_done(active, k + 1, self.check_every):
                 break
         # Measured, not the recurrence's phi: this solver makes references.
-        error = vector_norm(rhs - matvec(x), dim=1)
+        error = vector_norm(rhs - operator(x), dim=1)
         residual = torch.where(norm == 0, 0, error / norm).masked_fill(broken, torch.nan)
         converged = residual <= self.rtol + 10 * torch.finfo(rhs.dtype).eps  # NaN compares false.
         return LinearSolution(x, steps, residual, converged, indefinite)

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
 from lightning_imaml.components.checks import require
-from lightning_imaml.linear.base import LinearSolution, LinearSolver, MatVec, random_signs
+from lightning_imaml.linear.base import LinearSolution, LinearSolver, random_signs
+from lightning_imaml.linear.operator import LinearOperator, MatVec, require_symmetric
 
 _POWER_STEPS = 5
 _MARGIN = 1.2
@@ -45,12 +46,13 @@ class Neumann(LinearSolver):
             self.rtol >= 0, self, "rtol", "zero or positive", self.rtol, "It only decides what counts as converged."
         )
 
-    def solve(self, matvec: MatVec, rhs: Tensor) -> LinearSolution:
+    def solve(self, matvec: MatVec | LinearOperator, rhs: Tensor) -> LinearSolution:
         """Solve A x = b for every task, see :meth:`LinearSolver.solve`."""
+        operator = require_symmetric(self, matvec)
         norm = size = vector_norm(rhs, dim=1)
         steps = torch.zeros_like(norm, dtype=torch.long)
         if self.step is None:
-            eta = _inverse_norm(matvec, rhs)
+            eta = _inverse_norm(operator, rhs)
             steps += _POWER_STEPS * (norm > 0)
         else:
             eta = torch.full_like(norm, self.step)
@@ -60,7 +62,7 @@ class Neumann(LinearSolver):
         broken = ~norm.isfinite()
         for _ in range(self.terms):
             x.addcmul_(torch.where(active, eta, 0).unsqueeze(1), term)
-            product = matvec(term)
+            product = operator(term)
             steps += active
             indefinite |= active & (vecdot(term, product) <= 0)
             # After k terms, b − Ax is the next term: the residual is free.

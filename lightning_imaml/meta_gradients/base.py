@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_imaml._compile import door as compilation
+from lightning_imaml import _compile
 from lightning_imaml.components.base import Component
 from lightning_imaml.inner.base import InnerSolution, InnerSolver
 from lightning_imaml.linear.base import LinearSolution
-from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
+from lightning_imaml.problems.supervised import SupervisedProblem, TaskLoss, leaf
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Estimate:
         inner: the inner loop's outcome.
         residual: ‖∇G_i(φ_i)‖, ``[T]``.
         initial: Σ_i dQ_i/dθ, ``[D]``.
-        others: Σ_i dQ_i/dη for all other meta-parameters, by the names of ``InnerProblem.meta_parameters``.
+        others: Σ_i dQ_i/dη for all other meta-parameters, by the names of ``SupervisedProblem.meta_parameters``.
         linear: the linear solve's outcome, where there was one.
     """
 
@@ -45,7 +44,7 @@ class Estimator(Component, ABC):
     """Gives dQ_i(φ_i)/dη for every meta-parameter η: θ, learned λ and step sizes, and ω where only a part adapts."""
 
     @abstractmethod
-    def estimate(self, problem: InnerProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
+    def estimate(self, problem: SupervisedProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
         """Adapt to the support sets, judge on the query sets and differentiate.
 
         Args:
@@ -61,27 +60,22 @@ class Estimator(Component, ABC):
 
 def query_gradient(query: TaskLoss, parameters: Tensor) -> tuple[Tensor, Any, Tensor, dict[str, Tensor]]:
     """Q ``[T]``, the outputs, ∇Q ``[T, D]`` and Σ_i ∂Q_i/∂ω at adapted parameters; its graph is gone on return."""
-    loss, outputs, gradient, shared = compilation.run(_query_gradient, query, parameters)
+    loss, outputs, gradient, shared = _compile.run(_query_gradient, query, parameters)
     return loss, outputs, gradient, shared
 
 
 def _query_gradient(query: TaskLoss, parameters: Tensor) -> tuple[Tensor, Any, Tensor, dict[str, Tensor]]:
     with torch.enable_grad():
-        point = parameters.detach().requires_grad_()
-        shared = leaves(query.shared())
-        outputs = query.with_shared(shared).outputs(point, once=True)
-        loss = query.of(outputs)
+        point = leaf(parameters)
+        shared = {name: leaf(value) for name, value in query.shared().items()}
+        outputs = query.with_shared(shared).outputs(point, first_order_only=True)
+        loss = query.from_outputs(outputs)
         gradient, *direct = torch.autograd.grad(loss.sum(), [point, *shared.values()], materialize_grads=True)
     outputs = pytree.tree_map(Tensor.detach, outputs)
     return loss.detach(), outputs, gradient, dict(zip(shared, direct, strict=True))
 
 
-def leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values to differentiate by, cut off from where they come from."""
-    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-
-
-def refuse_strengths(estimator: Estimator, problem: InnerProblem) -> None:
+def refuse_strengths(estimator: Estimator, problem: SupervisedProblem) -> None:
     """Raise the error of an estimator for which learned strengths have no gradient."""
     if problem.strengths:
         raise ValueError(
@@ -90,7 +84,7 @@ def refuse_strengths(estimator: Estimator, problem: InnerProblem) -> None:
         )
 
 
-def refuse_rates(estimator: Estimator, problem: InnerProblem, reason: str) -> None:
+def refuse_rates(estimator: Estimator, problem: SupervisedProblem, reason: str) -> None:
     """Raise the error of an estimator for which learned step sizes have no gradient."""
     if problem.rates:
         raise ValueError(

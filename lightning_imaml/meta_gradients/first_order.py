@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lightning_imaml.inner.base import InnerSolver
 from lightning_imaml.meta_gradients.base import Estimate, Estimator, query_gradient, refuse_rates, refuse_strengths
-from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
+from lightning_imaml.problems.supervised import SupervisedProblem, TaskLoss
 from lightning_imaml.runtime.phases import INNER_LOOP, phase
 
 
@@ -21,11 +21,11 @@ class FirstOrder(Estimator):
         ValueError: the regulariser has learned strengths, or the inner solver learned step sizes.
     """
 
-    def estimate(self, problem: InnerProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
+    def estimate(self, problem: SupervisedProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
         """Adapt, judge and differentiate, see :meth:`Estimator.estimate`."""
         refuse_strengths(self, problem)
         refuse_rates(self, problem, "it takes the adapted parameters for constants")
         with phase(INNER_LOOP):
             inner = inner_solver.solve(problem, problem.start())
         loss, outputs, slope, shared = query_gradient(query, inner.parameters)
-        return Estimate(loss, outputs, inner, problem.residual(inner.parameters), slope.sum(dim=0), shared)
+        return Estimate(loss, outputs, inner, problem.residual_norm(inner.parameters), slope.sum(dim=0), shared)

@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from lightning_imaml._compile import door as compilation
 from lightning_imaml.curvature import Curvature, Hessian
 from lightning_imaml.inner.base import InnerSolver
-from lightning_imaml.linear.base import LinearSolver, MatVec, PreconditionedMatVec
+from lightning_imaml.linear.base import LinearSolver
 from lightning_imaml.linear.conjugate_gradient import ConjugateGradient
-from lightning_imaml.meta_gradients.base import Estimate, Estimator, leaves, query_gradient, refuse_rates
-from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
-from lightning_imaml.regularizers.matrix import MatrixProximal
+from lightning_imaml.meta_gradients.base import Estimate, Estimator, query_gradient, refuse_rates
+from lightning_imaml.problems.supervised import SupervisedProblem, TaskLoss
 from lightning_imaml.runtime.phases import INNER_LOOP, LINEAR_SOLVE, phase
 
 
@@ -43,57 +40,17 @@ class Implicit(Estimator):
     linear_solver: LinearSolver = ConjugateGradient()  # noqa: RUF009 - frozen, so that sharing it is safe
     curvature: Curvature = Hessian()  # noqa: RUF009
 
-    def estimate(self, problem: InnerProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
+    def estimate(self, problem: SupervisedProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
         """Adapt, judge and differentiate, see :meth:`Estimator.estimate`."""
         refuse_rates(self, problem, "the solution of the inner problem does not depend on them")
         with phase(INNER_LOOP):
             inner = inner_solver.solve(problem, problem.start())
         loss, outputs, slope, shared = query_gradient(query, inner.parameters)
         with phase(LINEAR_SOLVE), torch.no_grad():
-            linearization = self.curvature.linearize(problem, inner.parameters)
-            linear = self.linear_solver.solve(_preconditioned(problem, linearization.product), slope)
-            residual = linearization.gradient.norm(dim=1)
-            del linearization
-        initial, others = _pull_back(problem, inner.parameters, linear.value)
-        if shared:
-            pulled = compilation.run(_pull_back_shared, problem.support, inner.parameters, linear.value)
-            others |= {name: direct + pulled[name] for name, direct in shared.items()}
+            around = problem.linearize(inner.parameters, self.curvature)
+            linear = self.linear_solver.solve(around.product.transpose, slope)
+            residual = around.gradient.norm(dim=1)
+            del around  # With it goes the graph of a forward pass.
+        initial, others = problem.pull_back(inner.parameters, linear.value)
+        others |= {name: direct + others[name] for name, direct in shared.items()}
         return Estimate(loss, outputs, inner, residual, initial, others, linear)
-
-
-def _preconditioned(problem: InnerProblem, product: MatVec) -> MatVec:
-    """The product, with the inverse of R's matrix where it has one."""
-    regularizer = problem.regularizer
-    if not isinstance(regularizer, MatrixProximal):
-        return product
-    return PreconditionedMatVec(product, lambda vector: regularizer.solve(vector, problem.strengths))
-
-
-def _pull_back(problem: InnerProblem, parameters: Tensor, u: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """−Σ_i (∂_η ∇_φ R)ᵀ u_i for η = θ and every learned strength; L does not depend on them."""
-    with torch.enable_grad():
-        initial = problem.initial.detach().requires_grad_()
-        strengths = leaves(problem.strengths)
-        gradient = problem.regularizer.gradient(parameters, initial, strengths)
-        meta, constant = [initial, *strengths.values()], not gradient.requires_grad
-        found = [None] if constant else torch.autograd.grad(gradient, meta, -u, allow_unused=True)
-        # Without θ, as where a head is pulled to zero, there may be λ and ω to learn.
-        if constant or (found[0] is None and not strengths and not problem.support.model.shared):
-            raise ValueError(
-                f"Implicit: the regularizer's gradient must depend on the initialisation; found {problem.regularizer}, "
-                "whose does not, so that the meta-gradient would be zero. Use Proximal, or another estimator."
-            )
-    pulled = [torch.zeros_like(m) if f is None else f for m, f in zip(meta, found, strict=True)]
-    return pulled[0], {f"regularizer.{name}": p for name, p in zip(strengths, pulled[1:], strict=True)}
-
-
-def _pull_back_shared(support: TaskLoss, parameters: Tensor, u: Tensor) -> dict[str, Tensor]:
-    """−Σ_i (∂_ω ∇_φ L_i)ᵀ u_i."""
-    with torch.enable_grad():
-        shared, point = leaves(support.shared()), parameters.detach().requires_grad_()
-        loss = support.with_shared(shared).value(point).sum()
-        (gradient,) = torch.autograd.grad(loss, point, create_graph=True)
-        if not gradient.requires_grad:  # A loss whose slope is a constant.
-            return {name: torch.zeros_like(value) for name, value in shared.items()}
-        pulled = torch.autograd.grad(gradient, list(shared.values()), -u, materialize_grads=True)
-    return dict(zip(shared, pulled, strict=True))

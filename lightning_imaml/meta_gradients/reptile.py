@@ -8,7 +8,7 @@ import torch
 
 from lightning_imaml.inner.base import InnerSolver
 from lightning_imaml.meta_gradients.base import Estimate, Estimator, refuse_rates, refuse_strengths
-from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
+from lightning_imaml.problems.supervised import SupervisedProblem, TaskLoss
 from lightning_imaml.runtime.phases import INNER_LOOP, phase
 
 
@@ -24,7 +24,7 @@ class Reptile(Estimator):
             network adapts: only what adapts has such a direction.
     """
 
-    def estimate(self, problem: InnerProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
+    def estimate(self, problem: SupervisedProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
         """Adapt, judge and point, see :meth:`Estimator.estimate`."""
         refuse_strengths(self, problem)
         refuse_rates(self, problem, "it has no direction for them")
@@ -38,6 +38,6 @@ class Reptile(Estimator):
             inner = inner_solver.solve(problem, problem.start())
         with torch.no_grad():
             outputs = query.outputs(inner.parameters)
-            loss = query.of(outputs)
+            loss = query.from_outputs(outputs)
             direction = (problem.initial - inner.parameters).sum(dim=0)
-        return Estimate(loss, outputs, inner, problem.residual(inner.parameters), direction)
+        return Estimate(loss, outputs, inner, problem.residual_norm(inner.parameters), direction)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.utils import _pytree as pytree
 
 from lightning_imaml.components.checks import require
 from lightning_imaml.inner.base import InnerSolution, InnerSolver
-from lightning_imaml.meta_gradients.base import Estimate, Estimator, leaves, refuse_rates, refuse_strengths
-from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
+from lightning_imaml.meta_gradients.base import Estimate, Estimator, refuse_rates, refuse_strengths
+from lightning_imaml.problems.supervised import SupervisedProblem, TaskLoss, leaf
 from lightning_imaml.runtime.phases import INNER_LOOP, phase
 
 
@@ -21,7 +21,7 @@ class Unrolled(Estimator):
     Exact for the iterate that the inner loop ends at, converged or not. Memory grows linearly with the inner steps.
     """
 
-    def estimate(self, problem: InnerProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
+    def estimate(self, problem: SupervisedProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
         """Adapt, judge and differentiate, see :meth:`Estimator.estimate`."""
         return _through_steps(problem, query, inner_solver, self.differentiated_steps(inner_solver))
 
@@ -53,7 +53,7 @@ class Truncated(Estimator):
     def __post_init__(self) -> None:
         require(self.last_steps >= 0, self, "last_steps", "zero or positive", self.last_steps, "0 is first order.")
 
-    def estimate(self, problem: InnerProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
+    def estimate(self, problem: SupervisedProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
         """Adapt, judge and differentiate, see :meth:`Estimator.estimate`."""
         if self.last_steps > inner_solver.steps or inner_solver.tol > 0:
             raise ValueError(
@@ -71,22 +71,22 @@ class Truncated(Estimator):
         return self.last_steps
 
 
-def _through_steps(problem: InnerProblem, query: TaskLoss, inner_solver: InnerSolver, steps: int) -> Estimate:
+def _through_steps(problem: SupervisedProblem, query: TaskLoss, inner_solver: InnerSolver, steps: int) -> Estimate:
     with torch.enable_grad():
-        initial = problem.initial.detach().requires_grad_()
-        others = leaves(problem.meta_parameters())
-        attached = replace(problem.with_meta_parameters(others), initial=initial)
+        initial = leaf(problem.initial)
+        others = {name: leaf(value) for name, value in problem.meta_parameters().items()}
+        attached = problem.with_meta_parameters(initial, others)
         with phase(INNER_LOOP):
             inner = inner_solver.solve(attached, attached.start(), differentiable_steps=steps)
         outputs = query.with_shared(attached.support.shared()).outputs(inner.parameters)
-        loss = query.of(outputs)
+        loss = query.from_outputs(outputs)
         gradients = torch.autograd.grad(loss.sum(), [initial, *others.values()], materialize_grads=True)
     inner = InnerSolution(inner.parameters.detach(), inner.steps)
     return Estimate(
         loss.detach(),
         pytree.tree_map(torch.Tensor.detach, outputs),
         inner,
-        problem.residual(inner.parameters),
+        problem.residual_norm(inner.parameters),
         gradients[0],
         dict(zip(others, gradients[1:], strict=True)),
     )

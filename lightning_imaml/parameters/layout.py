@@ -17,14 +17,14 @@ class Layout:
     Attributes:
         names: their names in the network.
         shapes: their shapes in the network.
-        channels_innermost: whether rows hold the weights of 2-d convolutions as ``[out, height, width, in]``, as
+        channels_last: whether rows hold the weights of 2-d convolutions as ``[out, height, width, in]``, as
             compiled convolutions read them.
         tied: the other names of parameters that have several, each with the one in ``names``.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    channels_innermost: bool = False
+    channels_last: bool = False
     tied: tuple[tuple[str, str], ...] = ()
 
     def names_of(self, name: str) -> list[str]:
@@ -76,4 +76,4 @@ class Layout:
         return any(self._moved(shape) for shape in self.shapes)
 
     def _moved(self, shape: tuple[int, ...]) -> bool:
-        return self.channels_innermost and len(shape) == 4
+        return self.channels_last and len(shape) == 4

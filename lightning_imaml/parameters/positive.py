@@ -17,7 +17,7 @@ from lightning_imaml.parameters.rows import Rows
 
 Value = float | Mapping[str, float]
 """A positive number, or patterns over parameter names with one each; the first pattern that matches a name counts."""
-Per = Literal["layer", "parameter"]
+Granularity = Literal["layer", "parameter"]
 """What has a learned value of its own: each layer, or each single entry of the parameters."""
 Bounds = tuple[float, float]
 
@@ -97,7 +97,7 @@ class Positive:
 
 
 def check(
-    owner: object, name: str, value: Value, learned: bool, per: Per | None, bounds: Bounds | None, remedy: str
+    owner: object, name: str, value: Value, learned: bool, per: Granularity | None, bounds: Bounds | None, remedy: str
 ) -> None:
     """Raise a ValueError unless these settings of an owner's argument make sense together.
 
@@ -128,7 +128,7 @@ def check(
 
 
 def place(
-    name: str, value: Value, learned: bool, per: Per | None, bounds: Bounds | None, layout: Layout | None
+    name: str, value: Value, learned: bool, per: Granularity | None, bounds: Bounds | None, layout: Layout | None
 ) -> Positive:
     """Work out which value belongs to which parameter.
 

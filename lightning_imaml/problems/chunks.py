@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
-from lightning_imaml.episodes import ordinary
+from lightning_imaml.episodes import clone_inference_tensors
 from lightning_imaml.problems.network import FlatModel
 
 # What a processor's caches can hold of a chunk: with more, batching saves less than the traffic with memory costs.
@@ -53,10 +53,10 @@ def default_chunk_size(
             most = 1
     else:
         most = tasks
-    return even(tasks, most)
+    return even_chunk_size(tasks, most)
 
 
-def even(tasks: int, most: int) -> int:
+def even_chunk_size(tasks: int, most: int) -> int:
     """A size of chunks of at most ``most`` tasks, the same for all of them where that takes at most twice as many.
 
     With ``compile=True`` a last chunk of another size would cost another compilation.
@@ -99,7 +99,7 @@ def _bytes_of_a_task(model: FlatModel, inputs: Any) -> int:
             # What is shared counts as differentiable, as it is in the meta-gradient.
             state = {name: t.clone().requires_grad_(name in model.shared) for name, t in model.state().items()}
             # Held, since what is freed gives its address to another.
-            outputs = model(row.clone().requires_grad_(), model.cast(ordinary(one)), state)
+            outputs = model(row.clone().requires_grad_(), model.cast(clone_inference_tensors(one)), state)
             del outputs
         known[key] = sum(kept.values()) or row.nbytes
     return known[key]

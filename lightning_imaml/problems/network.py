@@ -10,7 +10,7 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,7 @@ from lightning_imaml.parameters.layout import Layout
 from lightning_imaml.parameters.names import matches, require_matches, tied_names
 from lightning_imaml.problems.stock_layers import has_stock_layers_alone
 from lightning_imaml.problems.support_set import support_rows
-from lightning_imaml.problems.vmap import over_tasks
-
-if TYPE_CHECKING:
-    pass
+from lightning_imaml.problems.vmap import vmap_tasks
 
 
 class FlatModel:
@@ -146,17 +143,17 @@ class FlatModel:
         inputs: Any,
         state: Mapping[str, Tensor] | None = None,
         support: int = 0,
-        once: bool = False,
+        first_order_only: bool = False,
     ) -> Any:
         """Outputs of every task's own network.
 
         Args:
             parameters: ``[T, D]``.
-            inputs: ``[T, n, ...]``, or from :func:`support_set.joined`.
+            inputs: ``[T, n, ...]``, or from :func:`support_set.concat_support`.
             state: stands in for :meth:`state`.
             support: how many of the first samples are the support set of the others, and have no outputs here; with 0,
                 all of them are and have.
-            once: whether nothing will be differentiated twice.
+            first_order_only: whether nothing will be differentiated twice.
 
         Returns:
             ``[T, n, ...]``.
@@ -167,23 +164,23 @@ class FlatModel:
         # The library's convolutions of one task, and their first derivatives, are faster on a CPU with the channels
         # innermost. Their second derivatives are not; compiled rows have them so already.
         here = parameters.device.type == "cpu" and parameters.dtype == torch.float32 and not self.compile
-        innermost = once and here and parameters.shape[0] == 1 and has_stock_layers_alone(self.module)
+        channels_last = first_order_only and here and parameters.shape[0] == 1 and has_stock_layers_alone(self.module)
 
         def call(named: dict[str, Tensor], inputs: Any) -> Any:
             with support_rows(support), _refuse_checkpoint(self.module):
                 found = {**named, **(state or {})}
                 found |= {other: found[name] for other, name in self._tied.items() if name in found}
-                if innermost:
-                    found = {name: _channels_innermost(t) for name, t in found.items()}
+                if channels_last:
+                    found = {name: _channels_last(t) for name, t in found.items()}
                 outputs = functional_call(self.module, found, (inputs,), tie_weights=False)
-            if innermost:  # As the loss expects them.
+            if channels_last:  # As the loss expects them.
                 outputs = pytree.tree_map(Tensor.contiguous, outputs)
             return pytree.tree_map(lambda t: t[support:], outputs) if support else outputs
 
-        return over_tasks(call, self.module, self.unflatten(parameters), inputs)
+        return vmap_tasks(call, self.module, self.unflatten(parameters), inputs)
 
 
-def _channels_innermost(parameter: Tensor) -> Tensor:
+def _channels_last(parameter: Tensor) -> Tensor:
     """The weight of a 2-d convolution in that order of memory; other parameters as they are."""
     if parameter.ndim != 4:
         return parameter

@@ -1,4 +1,4 @@
-"""A model, a loss and a regulariser as functions of ``[tasks, D]`` parameters.
+"""The inner problem of supervised few-shot learning: model, loss and regulariser as functions of ``[tasks, D]`` rows.
 
 Row i of a parameter matrix holds all trainable parameters of the network that task i adapts, raveled in the order of
 ``named_parameters()``. Each function here is one batched operation over all rows.
@@ -6,24 +6,25 @@ Row i of a parameter matrix holds all trainable parameters of the network that t
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 from torch.utils import _pytree as pytree
+from typing_extensions import Self
 
-from lightning_imaml._compile import door as compilation
+from lightning_imaml import _compile
+from lightning_imaml.linear.operator import LinearOperator
+from lightning_imaml.parameters.rows import Rows
+from lightning_imaml.problems.base import Linearization, Minimization, SupportsLinearize
 from lightning_imaml.problems.network import FlatModel
-from lightning_imaml.problems.vmap import over_tasks
-from lightning_imaml.regularizers.base import Regularizer
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from lightning_imaml.problems.vmap import vmap_tasks
+from lightning_imaml.regularizers import MatrixProximal, Regularizer
 
 LossFunction = Callable[[Any, Any], Tensor]
 """Takes one task's outputs ``[n, ...]`` and targets ``[n, ...]``, gives a scalar."""
@@ -36,7 +37,7 @@ class TaskLoss:
     Attributes:
         model: the network.
         loss: ``loss(outputs, targets) -> scalar`` for one task.
-        inputs: ``[T, n, ...]``, or from :func:`support_set.joined`.
+        inputs: ``[T, n, ...]``, or from :func:`support_set.concat_support`.
         targets: ``[T, n, ...]``.
         classes: the number of outputs that the targets need, where the loss takes class indices.
         state: stands in for the network's shared and frozen parameters and its buffers.
@@ -88,9 +89,9 @@ class TaskLoss:
         loss = weakref.WeakMethod(self.loss) if inspect.ismethod(self.loss) else self.loss
         return self.model.signature(), loss, self.classes, self.support_rows
 
-    def outputs(self, parameters: Tensor, once: bool = False) -> Any:
-        """The network's outputs ``[T, n, ...]`` at ``[T, D]`` parameters; ``once``: not to be differentiated twice."""
-        return self.check(self.model(parameters, self.inputs, self.state, self.support_rows, once))
+    def outputs(self, parameters: Tensor, first_order_only: bool = False) -> Any:
+        """The network's outputs ``[T, n, ...]`` at ``[T, D]`` parameters, see :meth:`FlatModel.__call__`."""
+        return self.check(self.model(parameters, self.inputs, self.state, self.support_rows, first_order_only))
 
     def check(self, outputs: Any) -> Any:
         """The outputs themselves, if they have one entry for each class that the targets name."""
@@ -103,9 +104,9 @@ class TaskLoss:
                 )
         return outputs
 
-    def of(self, outputs: Any) -> Tensor:
+    def from_outputs(self, outputs: Any) -> Tensor:
         """The losses ``[T]`` of given outputs."""
-        losses: Tensor = over_tasks(self.loss, getattr(self.loss, "__func__", self.loss), outputs, self.targets)
+        losses: Tensor = vmap_tasks(self.loss, getattr(self.loss, "__func__", self.loss), outputs, self.targets)
         if losses.ndim != 1:
             raise ValueError(
                 f"loss must give one number for each task; found a tensor of shape {list(losses.shape[1:])}. "
@@ -113,18 +114,18 @@ class TaskLoss:
             )
         return losses
 
-    def value(self, parameters: Tensor, once: bool = False) -> Tensor:
-        """The losses ``[T]`` at ``[T, D]`` parameters; ``once``: not to be differentiated twice."""
-        return self.of(self.outputs(parameters, once))
+    def value(self, parameters: Tensor, first_order_only: bool = False) -> Tensor:
+        """The losses ``[T]`` at ``[T, D]`` parameters, see :meth:`FlatModel.__call__`."""
+        return self.from_outputs(self.outputs(parameters, first_order_only))
 
 
 @dataclass(frozen=True, eq=False)
-class InnerProblem:
-    """The inner problem of T tasks: minimise G_i(φ_i) = L_i(φ_i) + R(φ_i, θ, λ) over the rows φ_i (paper, eq. 3).
+class SupervisedProblem(Minimization):
+    """Minimise G_i(φ_i) = L_i(φ_i) + R(φ_i, θ, λ) over the rows φ_i (paper, eq. 3), for T tasks.
 
     Attributes:
         support: L, the loss on the support sets.
-        regularizer: R.
+        regularizer: R, for the layout of the rows, see :meth:`Regularizer.for_layout`.
         initial: θ as one row ``[D]``; where the inner loop starts and what R pulls towards.
         strengths: the regulariser's learned values λ.
         rates: the inner solver's learned step sizes.
@@ -136,8 +137,7 @@ class InnerProblem:
     strengths: Mapping[str, Tensor]
     rates: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "regularizer", self.regularizer.for_layout(self.support.model.layout))
+    # What the compiler must know of a batch of tasks, see _compile.Tasks.
 
     @property
     def compile(self) -> bool:
@@ -158,57 +158,113 @@ class InnerProblem:
         support, initial, strengths, rates = tensors
         return replace(self, support=self.support.bind(support), initial=initial, strengths=strengths, rates=rates)
 
+    def signature(self) -> Hashable:
+        """What else the problem depends on."""
+        return self.support.signature(), self.regularizer
+
+    # The meta-parameters.
+
     def meta_parameters(self) -> dict[str, Tensor]:
-        """All besides θ, under their names in :attr:`MetaGradient.grads`: ω, λ and learned step sizes."""
+        """ω, λ and learned step sizes, see :meth:`InnerProblem.meta_parameters`."""
         strengths = {f"regularizer.{name}": value for name, value in self.strengths.items()}
         rates = {f"inner_solver.{name}": value for name, value in self.rates.items()}
         return self.support.shared() | strengths | rates
 
-    def with_meta_parameters(self, values: Mapping[str, Tensor]) -> Self:
-        """The same problem with other values of :meth:`meta_parameters`."""
+    def with_meta_parameters(self, initial: Tensor, values: Mapping[str, Tensor]) -> Self:
+        """The same problem with another θ, ``[D]``, and other values of :meth:`meta_parameters`."""
         shared = {name: values[name] for name in self.support.model.shared}
         return replace(
             self,
             support=self.support.with_shared(shared),
+            initial=initial,
             strengths={name: values[f"regularizer.{name}"] for name in self.strengths},
             rates={name: values[f"inner_solver.{name}"] for name in self.rates},
         )
 
-    def signature(self) -> Hashable:
-        """What else the problem depends on."""
-        return self.support.signature(), self.regularizer
+    # The inner problem.
+
+    @property
+    def rows(self) -> Rows:
+        """Which parameters a row holds."""
+        return self.support.model
 
     def start(self) -> Tensor:
         """θ as the first iterate of every task: ``[T, D]``."""
         return self.initial.expand(self.tasks, -1).contiguous()
 
+    def run(self, function: Callable[..., Any], *arguments: Tensor) -> Any:
+        """``function(problem, *arguments)``, compiled where the user asked for it."""
+        return _compile.run(function, self, *arguments, repeated=True)
+
     def value(self, parameters: Tensor) -> Tensor:
         """G: ``[T]``."""
-        value: Tensor = compilation.run(_value, self, parameters, repeated=True)
+        value: Tensor = self.run(_value, parameters)
         return value
 
     def gradient(self, parameters: Tensor) -> Tensor:
         """∇G: ``[T, D]``, differentiable again where gradients are enabled and the parameters require them."""
-        gradient: Tensor = compilation.run(_gradient, self, parameters, repeated=True)
+        gradient: Tensor = self.run(_gradient, parameters)
         return gradient
 
-    def residual(self, parameters: Tensor) -> Tensor:
-        """‖∇G‖, how far the parameters are from a solution: ``[T]``."""
-        with torch.no_grad():
-            residual: Tensor = vector_norm(self.gradient(parameters), dim=1)
-        return residual
+    def linearize(self, parameters: Tensor, curvature: SupportsLinearize) -> Linearization:
+        """∇G around rows of parameters ``[T, D]``, with R's matrix as the preconditioner where it has one."""
+        found, regularizer = curvature.linearize(self, parameters), self.regularizer
+        precondition = None
+        if isinstance(regularizer, MatrixProximal):
+            precondition = functools.partial(regularizer.solve, strengths=self.strengths)
+        return found._replace(product=LinearOperator(found.product, preconditioner=precondition))
+
+    def pull_back(self, parameters: Tensor, u: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """−Σ_i (∂_η ∇G_i)ᵀ u_i for η = θ and λ, through R, and for ω, through L.
+
+        Raises:
+            ValueError: ∇R depends on nothing that is learned, so that all of it is zero.
+        """
+        with torch.enable_grad():
+            initial, strengths = leaf(self.initial), {name: leaf(value) for name, value in self.strengths.items()}
+            gradient = self.regularizer.gradient(parameters, initial, strengths)
+            meta, constant = [initial, *strengths.values()], not gradient.requires_grad
+            found = [None] if constant else torch.autograd.grad(gradient, meta, -u, allow_unused=True)
+        # Without θ, as where a head is pulled to zero, there may be λ and ω to learn.
+        if constant or (found[0] is None and not strengths and not self.support.model.shared):
+            raise ValueError(
+                f"Implicit: the regularizer's gradient must depend on the initialisation; found {self.regularizer}, "
+                "whose does not, so that the meta-gradient would be zero. Use Proximal, or another estimator."
+            )
+        pulled = [torch.zeros_like(m) if f is None else f for m, f in zip(meta, found, strict=True)]
+        others = {f"regularizer.{name}": p for name, p in zip(strengths, pulled[1:], strict=True)}
+        if self.support.model.shared:
+            others |= _compile.run(_pull_back_shared, self.support, parameters, u)
+        return pulled[0], others
 
 
-def _value(problem: InnerProblem, parameters: Tensor) -> Tensor:
+def leaf(tensor: Tensor) -> Tensor:
+    """The same values to differentiate by, cut off from where they come from."""
+    return tensor.detach().requires_grad_()
+
+
+def _pull_back_shared(support: TaskLoss, parameters: Tensor, u: Tensor) -> dict[str, Tensor]:
+    """−Σ_i (∂_ω ∇_φ L_i)ᵀ u_i."""
+    with torch.enable_grad():
+        shared, point = {name: leaf(value) for name, value in support.shared().items()}, leaf(parameters)
+        loss = support.with_shared(shared).value(point).sum()
+        (gradient,) = torch.autograd.grad(loss, point, create_graph=True)
+        if not gradient.requires_grad:  # A loss whose slope is a constant.
+            return {name: torch.zeros_like(value) for name, value in shared.items()}
+        pulled = torch.autograd.grad(gradient, list(shared.values()), -u, materialize_grads=True)
+    return dict(zip(shared, pulled, strict=True))
+
+
+def _value(problem: SupervisedProblem, parameters: Tensor) -> Tensor:
     penalty = problem.regularizer.penalty(parameters, problem.initial, problem.strengths)
-    return problem.support.value(parameters, once=not torch.is_grad_enabled()) + penalty
+    return problem.support.value(parameters, first_order_only=not torch.is_grad_enabled()) + penalty
 
 
-def _gradient(problem: InnerProblem, parameters: Tensor) -> Tensor:
+def _gradient(problem: SupervisedProblem, parameters: Tensor) -> Tensor:
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         point = parameters if parameters.requires_grad else parameters.detach().requires_grad_()
         # Tasks do not share rows, so the gradient of the sum holds each task's own gradient.
-        losses = problem.support.value(point, once=not create_graph)
+        losses = problem.support.value(point, first_order_only=not create_graph)
         (gradient,) = torch.autograd.grad(losses.sum(), point, create_graph=create_graph)
     return gradient + problem.regularizer.gradient(parameters, problem.initial, problem.strengths)

@@ -49,7 +49,7 @@ def support_rows(count: int) -> Iterator[None]:
         _rows.reset(token)
 
 
-def joined(network: nn.Module, support_inputs: Any, inputs: Any) -> tuple[Any, int]:
+def concat_support(network: nn.Module, support_inputs: Any, inputs: Any) -> tuple[Any, int]:
     """Put the support sets before other samples of the same tasks, where the network needs them to predict.
 
     Args:

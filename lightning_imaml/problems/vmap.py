@@ -13,14 +13,14 @@ from torch.func import vmap
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
 
-from lightning_imaml._compile import door as compilation
+from lightning_imaml.components.checks import first_line
 from lightning_imaml.runtime.random_states import random_states, set_random_states
 
 _batched: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 """Whether functions of an owner could be batched when they last ran."""
 
 
-def over_tasks(function: Callable[..., Any], owner: Any, *trees: Any) -> Any:
+def vmap_tasks(function: Callable[..., Any], owner: Any, *trees: Any) -> Any:
     """Apply a function of one task to all tasks: at once where it can be batched, else one after the other.
 
     Args:
@@ -50,7 +50,7 @@ def over_tasks(function: Callable[..., Any], owner: Any, *trees: Any) -> Any:
         _remember(owner, False)
         warnings.warn(
             f"{getattr(owner, '__name__', type(owner).__name__)} must consist of operations that torch.func.vmap can "
-            f"batch; found {compilation.first_line(error)}. Going on one task at a time, which is slower.",
+            f"batch; found {first_line(error)}. Going on one task at a time, which is slower.",
             stacklevel=2,
         )
     else:

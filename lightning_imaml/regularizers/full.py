@@ -42,7 +42,7 @@ class FullProximal(MatrixProximal):
 
     def for_layout(self, layout: Layout) -> MatrixProximal:
         """The same with the order of the entries."""
-        return InNetworkOrder(self, layout) if layout.channels_innermost else self
+        return InNetworkOrder(self, layout) if layout.channels_last else self
 
     def multiply(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
         """L Lᵀ times every row, ``[T, D]``."""

@@ -54,7 +54,7 @@ class LowRankProximal(MatrixProximal):
 
     def for_layout(self, layout: Layout) -> MatrixProximal:
         """The same with the order of the entries."""
-        return InNetworkOrder(self, layout) if layout.channels_innermost else self
+        return InNetworkOrder(self, layout) if layout.channels_last else self
 
     def multiply(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
         """(diag(d) + U Uᵀ) times every row, ``[T, D]``."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_imaml.parameters.layout import Layout
-from lightning_imaml.parameters.positive import Bounds, Per, Positive, Value, check, place
+from lightning_imaml.parameters.positive import Bounds, Granularity, Positive, Value, check, place
 from lightning_imaml.parameters.rows import Rows
 from lightning_imaml.regularizers.matrix import MatrixProximal
 
@@ -45,7 +45,7 @@ class Proximal(MatrixProximal):
 
     strength: Value = 2.0
     learned: bool = False
-    per: Per | None = None
+    per: Granularity | None = None
     bounds: Bounds | None = None
 
     def __post_init__(self) -> None:

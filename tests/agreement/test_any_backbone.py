@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_imaml import Episode
-from lightning_imaml._compile import door as compilation
+from lightning_imaml._compile import door, splitting
 from lightning_imaml.curvature import GaussNewton, Hessian
 from lightning_imaml.functional import adapt, evaluate, meta_gradient
 from lightning_imaml.inner import GradientDescent
@@ -237,8 +237,8 @@ def test_the_loss_of_a_second_derivative_is_pytorchs_own():
 def graphs(monkeypatch):
     """What is compiled, without the compiler, which takes a minute."""
     found = []
-    monkeypatch.setattr(compilation, "_inductor", lambda graph: found.append(graph) or graph)
-    compilation._kept.clear()
+    monkeypatch.setattr(splitting, "_inductor", lambda graph: found.append(graph) or graph)
+    door._kept.clear()
     return found
 
 
@@ -257,11 +257,11 @@ def test_recorded_graphs_give_the_same(name, graphs):
 @pytest.mark.parametrize("name", ["ViT, fused attention", "GroupNorm"])
 @pytest.mark.slow  # The compiler itself, for a minute each: no other test compiles attention and these norms.
 def test_compiled_results_are_the_eager_ones_within_rounding(name):
-    compilation._kept.clear()
+    door._kept.clear()
     network, episode = setting(name, torch.float32)
     settings = SETTINGS | {"estimator": ESTIMATORS["Gauss-Newton"], "chunk_size": TASKS}
     plain, compiled = (meta_gradient(network, episode, compile=compile, **settings) for compile in (False, True))
-    assert all(kept.compiled is not None for kept in compilation._kept.values())
+    assert all(kept.compiled is not None for kept in door._kept.values())
     a, b = (torch.cat([g.flatten() for g in result.grads.values()]) for result in (plain, compiled))
     assert (a - b).norm() <= 1e-5 * a.norm()
 

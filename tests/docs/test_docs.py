@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 from lightning.pytorch import Trainer
 from public_api import NAMES
+from rooms import ROOMS, room_of
 from test_trainer_flags import FLAGS
 
 from lightning_imaml import cli
@@ -158,6 +159,12 @@ STOPS = re.findall(r"^1\. (.+):\\\n   `([\w/]+\.py)::([\w.]+)`\\\n   `(.+)`$", A
 @pytest.mark.parametrize(("stop", "file", "name", "line"), STOPS, ids=[stop for stop, *_ in STOPS])
 def test_a_line_of_the_architecture_is_in_its_function(stop, file, name, line):
     assert [code.strip() for code in definition(file, name).splitlines()].count(line) == 1
+
+
+def test_a_meta_step_goes_down_the_rooms_and_never_back_up():
+    rooms = [ROOMS.index(room_of(file)) for _, file, _, _ in STOPS]
+    assert rooms == sorted(rooms, reverse=True)
+    assert len(STOPS) <= 12
 
 
 def test_the_architecture_names_what_readers_look_for():

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from benchmarks import kernels, overhead, regression, scaling, stock_layers
 from benchmarks.__main__ import main
 from benchmarks.workloads import WORKLOADS, Settings, Workload
-from lightning_imaml.problems import supervised as tasks
+from lightning_imaml.problems import network
 
 TINY = Workload("omniglot", 2, 1, 1, 2, Settings(steps=2, cg_steps=2), filters=2)
 
@@ -177,7 +177,7 @@ def test_well_known_layers(monkeypatch, tmp_path, capsys):
     asked, seconds = [], iter([9.0, 9.0] + [4.0, 2.0] * 2)
 
     def timed(work):
-        asked.append(tasks.has_stock_layers_alone(nn.Linear(1, 1)))
+        asked.append(network.has_stock_layers_alone(nn.Linear(1, 1)))
         work()
         return next(seconds)
 

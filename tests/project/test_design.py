@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from public_api import NAMES
+from rooms import ROOMS, room_of
 
 from lightning_imaml.curvature import GaussNewton, Hessian
 from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov, TorchOptimizer
@@ -44,17 +45,9 @@ def test_no_file_is_long(path):
     assert len(path.read_text().splitlines()) <= 500
 
 
-# Each room may import from the rooms before it.
-ROOMS = [
-    "_version", "components", "runtime", "parameters", "linear", "_compile", "regularizers", "episodes", "problems",
-    "losses", "curvature", "inner", "meta_gradients", "functional", "metrics", "training", "checkpoints", "diagnostics",
-    "module", "callbacks", "data", "models", "cli", "allocator",
-]  # fmt: skip
-
-
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_downward(path):
-    room = path.relative_to(ROOT / "lightning_imaml").parts[0].removesuffix(".py")
+    room = room_of(path.relative_to(ROOT))
     if room in ("__init__", "__main__"):
         return
     text = path.read_text()

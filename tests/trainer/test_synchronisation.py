@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov, TorchOptimizer
 from lightning_imaml.linear import ConjugateGradient, Direct, MinRes, Neumann
 from lightning_imaml.problems.network import FlatModel
-from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
+from lightning_imaml.problems.supervised import SupervisedProblem, TaskLoss
 from lightning_imaml.regularizers import FullProximal, KroneckerProximal, LowRankProximal, Proximal
 
 ATEN = torch.ops.aten
@@ -44,7 +44,7 @@ def problem():
     torch.manual_seed(0)
     episode, flat = regression_episode(), FlatModel(TanhNet().double())
     support = TaskLoss(flat, F.mse_loss, episode.support_inputs, episode.support_targets)
-    return InnerProblem(support, Proximal(2.0), flat.initial(), {})
+    return SupervisedProblem(support, Proximal(2.0), flat.initial(), {})
 
 
 def inner(solver, problem):

@@ -10,7 +10,7 @@ import torch
 from conftest import TanhNet, regression_episode
 from torch.nn import functional as F
 
-from lightning_imaml._compile import door as compilation
+from lightning_imaml._compile import splitting
 from lightning_imaml.functional import meta_gradient
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.regularizers import Proximal
@@ -44,7 +44,7 @@ def test_the_handler_of_a_signal_runs_whenever_it_comes_once_all_is_compiled(tan
 
 
 def test_compiled_code_follows_the_default_dtype(monkeypatch):
-    monkeypatch.setattr(compilation, "_inductor", lambda graph: graph)
+    monkeypatch.setattr(splitting, "_inductor", lambda graph: graph)
 
     class Rounding(TanhNet):
         def forward(self, inputs):
@@ -68,7 +68,7 @@ def test_threads_may_compile_at_a_time():
     def run(size):
         graph = torch.fx.symbolic_trace(lambda x: [x.sin() * size])
         x = torch.linspace(0, 1, size)
-        return torch.allclose(compilation._inductor(graph)(x)[0], x.sin() * size)
+        return torch.allclose(splitting._inductor(graph)(x)[0], x.sin() * size)
 
     with ThreadPoolExecutor(3) as threads:
         assert list(threads.map(run, (3, 5, 7))) == [True] * 3
@@ -77,7 +77,7 @@ def test_threads_may_compile_at_a_time():
 def test_compiled_code_follows_what_requires_a_gradient():
     """A graph that first met vectors without one does not lose that of later ones."""
     graph = torch.fx.symbolic_trace(lambda x: [x.sin() * 2])
-    compiled = compilation._inductor(graph)
+    compiled = splitting._inductor(graph)
     x = torch.linspace(0, 1, 3, dtype=torch.float64)
     (plain,) = compiled(x)
     assert not plain.requires_grad

@@ -13,7 +13,7 @@ from conftest import TanhNet, class_episode, regression_episode
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_imaml._compile import door as compilation
+from lightning_imaml._compile import door, splitting
 from lightning_imaml.callbacks import LiveTensorBytes
 from lightning_imaml.curvature import GaussNewton, Hessian
 from lightning_imaml.episodes import Episode
@@ -30,7 +30,7 @@ SETTINGS = {"loss": F.mse_loss, "inner_solver": GradientDescent(0.1, 4), "regula
 
 @pytest.fixture(autouse=True)
 def empty_cache():
-    compilation._kept.clear()
+    door._kept.clear()
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def recorded(monkeypatch):
         graphs.append(graph)
         return graph
 
-    monkeypatch.setattr(compilation, "_inductor", keep)
+    monkeypatch.setattr(splitting, "_inductor", keep)
     return graphs
 
 
@@ -90,7 +90,7 @@ def runs(monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(compilation, "_inductor", keep)
+    monkeypatch.setattr(splitting, "_inductor", keep)
     return counts
 
 
@@ -206,15 +206,15 @@ def test_compiled_results_are_the_eager_ones(caplog):
         logger.removeHandler(caplog.handler)
     # A set, since the logger may hand messages on to the handler a second time.
     assert len({message.split(" for ")[0] for message in caplog.messages if "compiled" in message}) == 3
-    assert len(compilation._kept) == 3
-    assert all(kept.compiled is not None for kept in compilation._kept.values())
+    assert len(door._kept) == 3
+    assert all(kept.compiled is not None for kept in door._kept.values())
 
 
 def test_unrolled_steps_are_compiled_with_their_derivative(tanh_net):
     settings = SETTINGS | {"inner_solver": GradientDescent(0.1, 2), "estimator": Unrolled()}
     plain = meta_gradient(tanh_net, EPISODE, **settings)
     same(plain, meta_gradient(tanh_net, EPISODE, compile=True, **settings))
-    assert any(kept.compiled is not None for kept in compilation._kept.values())
+    assert any(kept.compiled is not None for kept in door._kept.values())
 
 
 def convolution() -> tuple[nn.Module, Episode]:
@@ -236,7 +236,7 @@ def test_compiled_strengths_and_step_sizes_of_each_weight_have_the_eager_gradien
         "adapt_only": ["out.*"] if case == "head" else None,
     }
     plain, compiled = (meta_gradient(net, episode, compile=compile, **settings) for compile in (False, True))
-    assert all(kept.compiled is not None for kept in compilation._kept.values())
+    assert all(kept.compiled is not None for kept in door._kept.values())
     same(plain, compiled)
 
 
@@ -244,7 +244,7 @@ def test_without_a_compiler_one_warning_and_the_same_results(monkeypatch, tanh_n
     def broken(graph):
         raise RuntimeError("no C++ compiler\nand a long story")
 
-    monkeypatch.setattr(compilation, "_inductor", broken)
+    monkeypatch.setattr(splitting, "_inductor", broken)
     plain = meta_gradient(tanh_net, EPISODE, **SETTINGS)
     with pytest.warns(UserWarning, match=r"compile=True must have .* found RuntimeError: no C\+\+ compiler\. ") as seen:
         again = meta_gradient(tanh_net, EPISODE, compile=True, **SETTINGS)
@@ -342,15 +342,15 @@ def test_the_cache_does_not_keep_the_owner_of_a_loss(recorded, tanh_net):
 
 def test_what_is_compiled_goes_with_its_network(recorded, tanh_net):
     meta_gradient(tanh_net, EPISODE, compile=True, **SETTINGS)
-    before = list(compilation._kept)
+    before = list(door._kept)
     meta_gradient(TanhNet().double(), EPISODE, compile=True, **SETTINGS)
     assert len(recorded) == 8
     gc.collect()
-    assert list(compilation._kept) == before
+    assert list(door._kept) == before
 
 
 def test_networks_may_go_while_another_is_forgotten(recorded, monkeypatch):
-    networks, network_of = [TanhNet().double() for _ in range(2)], compilation._network
+    networks, network_of = [TanhNet().double() for _ in range(2)], door._network
     for k in range(2):
         meta_gradient(networks[k], EPISODE, compile=True, **SETTINGS)
 
@@ -358,17 +358,17 @@ def test_networks_may_go_while_another_is_forgotten(recorded, monkeypatch):
         networks.clear()
         return network_of(key)
 
-    monkeypatch.setattr(compilation, "_network", collect)
-    compilation._forget_the_dead()
-    assert not compilation._kept
+    monkeypatch.setattr(door, "_network", collect)
+    door._forget_the_dead()
+    assert not door._kept
 
 
 def test_the_cache_is_bounded(recorded, monkeypatch, tanh_net):
-    monkeypatch.setattr(compilation, "_MOST_KEPT", 4)
+    monkeypatch.setattr(door, "_MOST_KEPT", 4)
     for tasks in range(1, 5):
         part = Episode(*[t[:tasks] for t in EPISODE])
         meta_gradient(tanh_net, part, compile=True, **SETTINGS)
-    assert len(compilation._kept) <= 4
+    assert len(door._kept) <= 4
 
 
 def test_adapt_in_inference_mode(recorded, tanh_net):

@@ -8,7 +8,7 @@ from conftest import TanhNet, regression_episode
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_imaml._compile import door as compilation
+from lightning_imaml._compile import splitting
 from lightning_imaml._compile.recording import _waves, require_own_derivative
 from lightning_imaml.episodes import Episode
 from lightning_imaml.functional import meta_gradient
@@ -30,7 +30,7 @@ SETTINGS = {
 def recorded(monkeypatch):
     """Record and cut graphs, but run them as they are: what the compiler adds is seconds."""
     graphs = []
-    monkeypatch.setattr(compilation, "_inductor", lambda graph: graphs.append(graph) or graph)
+    monkeypatch.setattr(splitting, "_inductor", lambda graph: graphs.append(graph) or graph)
     return graphs
 
 
@@ -160,7 +160,7 @@ def test_a_derivative_that_cannot_be_compiled_is_known_before_it_is_needed(monke
 
         return compiled
 
-    monkeypatch.setattr(compilation, "_inductor", without_derivative)
+    monkeypatch.setattr(splitting, "_inductor", without_derivative)
     plain = meta_gradient(tanh_net, EPISODE, **SETTINGS)
     with pytest.warns(UserWarning, match=r"found RuntimeError: no kernel\. Going on without compiling") as seen:
         same(plain, meta_gradient(tanh_net, EPISODE, compile=True, **SETTINGS))

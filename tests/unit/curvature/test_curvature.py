@@ -11,11 +11,11 @@ from dense_curvature import dense
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightning_imaml._compile import door as compilation
+from lightning_imaml._compile import splitting
 from lightning_imaml.curvature import GaussNewton, Hessian
 from lightning_imaml.inner import HessianFree
 from lightning_imaml.problems.network import FlatModel
-from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
+from lightning_imaml.problems.supervised import SupervisedProblem, TaskLoss
 from lightning_imaml.regularizers import Proximal
 
 CASES = {
@@ -28,7 +28,7 @@ CASES = {
 def problem_of(loss, episode, net):
     flat = FlatModel(net)
     support = TaskLoss(flat, loss, episode.support_inputs.double(), episode.support_targets)
-    return InnerProblem(support, Proximal(0.7), flat.initial(), {})
+    return SupervisedProblem(support, Proximal(0.7), flat.initial(), {})
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -61,7 +61,7 @@ def test_products_equal_the_dense_matrix(case, curvature):
 
 @pytest.mark.parametrize("curvature", [Hessian(0.4), GaussNewton(0.4)], ids=str)
 def test_what_is_recorded_has_the_same_value_gradient_and_product(curvature, monkeypatch):
-    monkeypatch.setattr(compilation, "_inductor", lambda graph: graph)  # Cut, and run as it is.
+    monkeypatch.setattr(splitting, "_inductor", lambda graph: graph)  # Cut, and run as it is.
     net = TanhNet().double()
     problem = problem_of(lambda o, t: F.mse_loss(o, t).sqrt(), regression_episode(3), net)  # Its slope takes its value.
     support = replace(problem.support, model=FlatModel(net, compile=True))
@@ -73,8 +73,8 @@ def test_what_is_recorded_has_the_same_value_gradient_and_product(curvature, mon
 
 def test_a_step_whose_first_try_is_accepted_takes_one_forward_pass_besides_the_linearisation(monkeypatch):
     tried = []
-    value = InnerProblem.value
-    monkeypatch.setattr(InnerProblem, "value", lambda self, at: tried.append(at) or value(self, at))
+    value = SupervisedProblem.value
+    monkeypatch.setattr(SupervisedProblem, "value", lambda self, at: tried.append(at) or value(self, at))
     problem = problem_of(F.mse_loss, regression_episode(3), torch.nn.Linear(3, 2).double())  # Convex and quadratic.
     HessianFree(2, cg_steps=8).solve(problem, problem.start())
     assert len(tried) == 2

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lightning_imaml import Episode, IMAMLModule
-from lightning_imaml._compile import door as compilation
+from lightning_imaml._compile import door, splitting
 from lightning_imaml.callbacks import LiveTensorBytes
 from lightning_imaml.curvature import GaussNewton
 from lightning_imaml.functional import adapt, evaluate, meta_gradient, predict
@@ -122,13 +122,13 @@ def test_chunks_compiling_and_learned_strengths_change_nothing(tanh_net, estimat
         more["regularizer"] = KroneckerProximal(STRENGTH)
     plain = run(tanh_net, estimator, **more)
     graphs = []
-    compilation._kept.clear()
-    monkeypatch.setattr(compilation, "_inductor", lambda graph: graphs.append(graph) or graph)
+    door._kept.clear()
+    monkeypatch.setattr(splitting, "_inductor", lambda graph: graphs.append(graph) or graph)
     for settings in ({"chunk_size": 1}, {"chunk_size": 3}, {"compile": True}):
         found = run(tanh_net, estimator, **more, **settings)
         for name, gradient in plain.grads.items():
             torch.testing.assert_close(found.grads[name], gradient, rtol=1e-9, atol=1e-12)
-    compilation._kept.clear()
+    door._kept.clear()
     assert graphs
     assert ("regularizer.out/weight/rows" in plain.grads) == ("regularizer" in more)
 
@@ -155,15 +155,15 @@ def test_frozen_parameters_are_neither_adapted_nor_shared(tanh_net):
 
 
 def test_compiled_code_knows_frozen_from_shared_parameters(tanh_net, monkeypatch):
-    compilation._kept.clear()
-    monkeypatch.setattr(compilation, "_inductor", lambda graph: graph)
+    door._kept.clear()
+    monkeypatch.setattr(splitting, "_inductor", lambda graph: graph)
     few = GradientDescent(0.2, 3)
     for frozen in (False, True):
         tanh_net.hidden.bias.requires_grad_(not frozen)
         found = run(tanh_net, solver=few, compile=True).grads
         assert ("hidden.bias" in found) != frozen
         torch.testing.assert_close(found, run(tanh_net, solver=few).grads, rtol=1e-9, atol=1e-12)
-    compilation._kept.clear()
+    door._kept.clear()
 
 
 def test_the_head_of_a_resnet_12_needs_less_memory():

@@ -21,7 +21,7 @@ from lightning_imaml.inner import GradientDescent
 from lightning_imaml.linear import ConjugateGradient, Direct
 from lightning_imaml.meta_gradients import FirstOrder, Implicit
 from lightning_imaml.models import Conv4
-from lightning_imaml.problems import vmap as over_tasks
+from lightning_imaml.problems import vmap as vmap_tasks
 from lightning_imaml.problems.network import FlatModel
 from lightning_imaml.regularizers import Proximal
 
@@ -221,7 +221,7 @@ def deciding_loss(outputs, targets):
 def test_what_cannot_be_batched_goes_one_task_at_a_time_with_one_warning(estimator):
     torch.manual_seed(0)
     net, settings = Deciding().double(), {"loss": deciding_loss, "estimator": estimator}
-    over_tasks._batched.clear()
+    vmap_tasks._batched.clear()
     with pytest.warns(UserWarning, match=r"must consist of operations that .*vmap.*item") as seen:
         batch = meta_gradient(net, regression_episode(), chunk_size=4, **settings)
     assert sorted(str(w.message).split()[0] for w in seen) == ["Deciding", "deciding_loss"]
@@ -254,7 +254,7 @@ class Noisy(Deciding):
 def test_the_attempt_to_batch_leaves_the_random_numbers_to_the_tasks():
     """So that a resumed run, which tries again, goes on like one that knows already."""
     net = Noisy().double()
-    over_tasks._batched.clear()
+    vmap_tasks._batched.clear()
     losses = []
     for attempt in range(2):
         torch.manual_seed(0)
@@ -286,7 +286,7 @@ def test_a_lack_of_memory_is_not_taken_for_a_missing_batching_rule():
     net = Huge().double()
     with pytest.raises(torch.OutOfMemoryError, match=r"out of memory\. Lower chunk_size"):
         meta_gradient(net, regression_episode(), loss=F.mse_loss, chunk_size=4)
-    assert net not in over_tasks._batched
+    assert net not in vmap_tasks._batched
 
 
 def test_an_error_without_a_message_is_no_other_error():

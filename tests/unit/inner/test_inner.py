@@ -14,7 +14,7 @@ from lightning_imaml.curvature import GaussNewton, Hessian
 from lightning_imaml.functional import adapt
 from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov, TorchOptimizer
 from lightning_imaml.problems.network import FlatModel
-from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
+from lightning_imaml.problems.supervised import SupervisedProblem, TaskLoss
 from lightning_imaml.regularizers import Proximal
 
 STRENGTH = 0.8
@@ -157,7 +157,7 @@ def test_hessian_free_never_increases_a_non_convex_objective(tanh_net, curvature
     episode = regression_episode()
     flat = FlatModel(tanh_net)
     support = TaskLoss(flat, F.mse_loss, episode.support_inputs, episode.support_targets)
-    problem = InnerProblem(support, Proximal(1e-3), flat.initial(), {})
+    problem = SupervisedProblem(support, Proximal(1e-3), flat.initial(), {})
     rows = (
         problem.start() + 2 * torch.randn(4, len(flat.initial()), generator=torch.Generator().manual_seed(3)).double()
     )

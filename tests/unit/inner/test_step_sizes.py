@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_imaml import IMAMLModule
-from lightning_imaml._compile import door as compilation
+from lightning_imaml._compile import door, splitting
 from lightning_imaml.callbacks import MetaGradientErrorMonitor
 from lightning_imaml.functional import adapt, meta_gradient
 from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov
@@ -91,10 +91,10 @@ def test_equal_step_sizes_are_one_step_size(tanh_net):
 @pytest.mark.parametrize("name", ["GradientDescent, pattern", "Nesterov, parameter"])
 def test_compiled_steps_give_the_same(name, tanh_net, monkeypatch):
     graphs = []
-    compilation._kept.clear()
-    monkeypatch.setattr(compilation, "_inductor", lambda graph: graphs.append(graph) or graph)
+    door._kept.clear()
+    monkeypatch.setattr(splitting, "_inductor", lambda graph: graphs.append(graph) or graph)
     plain, compiled = (run(tanh_net, SOLVERS[name], compile=compile) for compile in (False, True))
-    compilation._kept.clear()
+    door._kept.clear()
     assert graphs
     for key in plain.grads:
         torch.testing.assert_close(compiled.grads[key], plain.grads[key], rtol=1e-9, atol=1e-12)
@@ -102,8 +102,8 @@ def test_compiled_steps_give_the_same(name, tanh_net, monkeypatch):
 
 def test_compiled_steps_know_the_order_of_patterns(tanh_net, monkeypatch):
     """The first that matches counts: here for the weight of the last layer."""
-    compilation._kept.clear()
-    monkeypatch.setattr(compilation, "_inductor", lambda graph: graph)
+    door._kept.clear()
+    monkeypatch.setattr(splitting, "_inductor", lambda graph: graph)
     patterns = [("out.*", 0.1), ("*.weight", 0.3), ("*", 0.2)]
     losses = []
     for order in (patterns, [patterns[1], patterns[0], patterns[2]]):
@@ -111,7 +111,7 @@ def test_compiled_steps_know_the_order_of_patterns(tanh_net, monkeypatch):
         plain, compiled = (run(tanh_net, solver, compile=compile).loss for compile in (False, True))
         torch.testing.assert_close(compiled, plain, rtol=1e-9, atol=1e-12)
         losses.append(plain)
-    compilation._kept.clear()
+    door._kept.clear()
     assert (losses[0] - losses[1]).abs().max() > 1e-4
     assert GradientDescent(dict(patterns), 4) == GradientDescent(dict(patterns), 4) != Nesterov(dict(patterns), 4)
 

@@ -12,7 +12,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_imaml._compile import door as compilation
+from lightning_imaml._compile import door, splitting
 from lightning_imaml.callbacks import LiveTensorBytes
 from lightning_imaml.curvature import GaussNewton, Hessian
 from lightning_imaml.episodes import Episode
@@ -184,8 +184,8 @@ def test_evaluation_and_the_default_chunk_size():
 
 def test_recorded_graphs_give_the_same(monkeypatch):
     graphs = []
-    monkeypatch.setattr(compilation, "_inductor", lambda graph: graphs.append(graph) or graph)
-    compilation._kept.clear()
+    monkeypatch.setattr(splitting, "_inductor", lambda graph: graphs.append(graph) or graph)
+    door._kept.clear()
     network = networks(2)[1].eval()
     plain, recorded = (meta_gradient(network, images(), compile=compile, **SETTINGS) for compile in (False, True))
     assert graphs

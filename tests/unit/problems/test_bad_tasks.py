@@ -149,7 +149,7 @@ def test_a_number_is_bad_when_its_square_overflows():
 
 
 def test_the_choice_is_checked(tanh_net):
-    with pytest.raises(ValueError, match="on_bad_task must be 'raise' or 'skip'; found 'drop'"):
+    with pytest.raises(ValueError, match="on_bad_task must be one of 'raise', 'skip'; found 'drop'"):
         solve(tanh_net, regression_episode(), on_bad_task="drop")
 
 

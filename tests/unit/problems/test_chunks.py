@@ -19,7 +19,7 @@ UNEVEN = [(7, 4, 4), (7, 3, 3), (11, 4, 4)]
 
 @pytest.mark.parametrize(("tasks", "most", "size"), EVEN + UNEVEN)
 def test_chunks_are_even_and_within_the_limit(tasks, most, size):
-    assert chunks.even(tasks, most) == size
+    assert chunks.even_chunk_size(tasks, most) == size
 
 
 def test_the_work_of_a_task_is_what_its_graph_keeps():
@@ -60,7 +60,7 @@ def test_the_default_gives_what_every_chunk_size_gives(monkeypatch, tanh_net):
     work = chunks._bytes_of_a_task(FlatModel(tanh_net), torch.rand(1, 6, 3).double())
     monkeypatch.setattr(chunks, "_CPU_BYTES", 3 * work)
     seen = []
-    monkeypatch.setattr(chunks, "even", lambda tasks, most: seen.append((tasks, most)) or min(tasks, most))
+    monkeypatch.setattr(chunks, "even_chunk_size", lambda tasks, most: seen.append((tasks, most)) or min(tasks, most))
     by_default = meta_gradient(tanh_net, regression_episode(), loss=F.mse_loss)
     assert seen == [(4, 3)]
     whole = meta_gradient(tanh_net, regression_episode(), loss=F.mse_loss, chunk_size=4)
@@ -101,7 +101,7 @@ def test_on_a_gpu_the_estimator_and_the_query_set_count(monkeypatch):
     monkeypatch.setattr(chunks, "_bytes_of_a_task", lambda model, inputs: work[inputs.shape[1]])
     flat.device = torch.device("cuda", 0)
     seen = []
-    monkeypatch.setattr(chunks, "even", lambda tasks, most: seen.append(most))
+    monkeypatch.setattr(chunks, "even_chunk_size", lambda tasks, most: seen.append(most))
     chunks.default_chunk_size(flat, support, 64, support)
     chunks.default_chunk_size(flat, support, 64, support, differentiated_steps=16)
     chunks.default_chunk_size(flat, support, 64, query)

@@ -15,16 +15,15 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from lightning_imaml import curvature
-from lightning_imaml.curvature import GaussNewton
+from lightning_imaml.curvature import GaussNewton, forward_mode
 from lightning_imaml.functional import adapt, meta_gradient
 from lightning_imaml.inner import GradientDescent, HessianFree
 from lightning_imaml.meta_gradients import FirstOrder
 from lightning_imaml.models import MLP, Conv4, ResNet12, WideResNet, add_low_rank_adapters
-from lightning_imaml.problems import supervised as tasks
+from lightning_imaml.problems import network as network_rows
 from lightning_imaml.problems.network import FlatModel
 from lightning_imaml.problems.stock_layers import has_stock_layers_alone
-from lightning_imaml.problems.supervised import InnerProblem, TaskLoss
+from lightning_imaml.problems.supervised import SupervisedProblem, TaskLoss
 from lightning_imaml.regularizers import Proximal
 
 IMAGES = class_episode(2, ways=3, queries=1, shots=2, shape=(1, 12, 12))
@@ -118,7 +117,7 @@ def problem_of(network, episode=IMAGES, chosen=slice(None)):
     support = TaskLoss(
         flat, F.cross_entropy, episode.support_inputs[chosen].to(flat.dtype), episode.support_targets[chosen]
     )
-    return InnerProblem(support, Proximal(0.7), flat.initial(), {})
+    return SupervisedProblem(support, Proximal(0.7), flat.initial(), {})
 
 
 @pytest.fixture
@@ -127,9 +126,9 @@ def passes(monkeypatch):
     seen = []
     outputs = TaskLoss.outputs
 
-    def spy(self, parameters, once=False):
-        seen.append((forward_ad._current_level >= 0, once))
-        return outputs(self, parameters, once)
+    def spy(self, parameters, first_order_only=False):
+        seen.append((forward_ad._current_level >= 0, first_order_only))
+        return outputs(self, parameters, first_order_only)
 
     monkeypatch.setattr(TaskLoss, "outputs", spy)
     return seen
@@ -251,7 +250,7 @@ def innermost(network, run):
     return seen
 
 
-def test_one_task_has_the_channels_innermost_and_several_do_not():
+def test_one_task_has_the_channels_last_and_several_do_not():
     network = three_blocks()
     one, both = (problem_of(network, chosen=chosen) for chosen in (slice(1), slice(None)))
     with torch.no_grad():
@@ -260,7 +259,7 @@ def test_one_task_has_the_channels_innermost_and_several_do_not():
         assert innermost(network, lambda: both.gradient(both.start())) == [False] * 3
 
 
-def test_the_query_gradient_of_one_task_has_the_channels_innermost():
+def test_the_query_gradient_of_one_task_has_the_channels_last():
     network = three_blocks()
     episode = IMAGES.take(torch.tensor([0]))
     solver = GradientDescent(0.1, 1)
@@ -290,12 +289,12 @@ def test_adaptation_is_that_of_all_networks(name, solver, monkeypatch):
     torch.manual_seed(0)
     network = STOCK[name]()
     asked = []
-    for module in (tasks, curvature):
+    for module in (network_rows, forward_mode):
         monkeypatch.setattr(module, "has_stock_layers_alone", lambda _: asked.append(True) or True)
     support = IMAGES.support_inputs, IMAGES.support_targets
     with_it = adapt(network, *support, inner_solver=solver, chunk_size=1)
     assert asked
-    for module in (tasks, curvature):
+    for module in (network_rows, forward_mode):
         monkeypatch.setattr(module, "has_stock_layers_alone", lambda _: False)
     without = adapt(network.double(), support[0].double(), support[1], inner_solver=solver, chunk_size=1)
     for parameter, expected in without.parameters.items():

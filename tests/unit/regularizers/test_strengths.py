@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_imaml import Episode
-from lightning_imaml._compile import door as compilation
+from lightning_imaml._compile import door, splitting
 from lightning_imaml.curvature import GaussNewton
 from lightning_imaml.functional import meta_gradient
 from lightning_imaml.inner import GradientDescent
@@ -166,11 +166,11 @@ def test_implicit_is_unrolled_at_convergence(form, tanh_net):
 @pytest.fixture
 def recorded(monkeypatch):
     """Record graphs for the compiler, but run them as they are."""
-    compilation._kept.clear()
+    door._kept.clear()
     graphs = []
-    monkeypatch.setattr(compilation, "_inductor", lambda graph: graphs.append(graph) or graph)
+    monkeypatch.setattr(splitting, "_inductor", lambda graph: graphs.append(graph) or graph)
     yield graphs
-    compilation._kept.clear()
+    door._kept.clear()
 
 
 @pytest.mark.parametrize("form", ["pattern", "layer", "parameter", "full", "kronecker", "low rank"])
