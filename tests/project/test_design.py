@@ -81,3 +81,14 @@ def test_listeners_hear_of_phases_in_order_also_when_one_fails():
     with phase("unheard"):
         pass
     assert heard == ["+outer", "+inner", "-inner", "-outer"]
+
+
+@pytest.mark.parametrize("setting", [GaussNewton(0.5), Hessian(0.5)], ids=repr)
+def test_settings_of_earlier_checkpoints_are_found_where_they_were(setting, monkeypatch):
+    """``lightning_imaml.curvature`` was one module, by which checkpoints name its classes."""
+    buffer = io.BytesIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(setting), "__module__", "lightning_imaml.curvature")
+        torch.save(setting, buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=True) == setting
