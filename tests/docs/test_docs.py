@@ -43,7 +43,7 @@ def test_the_results_of_the_readme_are_the_newest():
 def test_the_tables_are_those_of_the_rows():
     folder = ROOT / "docs" / "results"
     expected = _results.tables(_results.read(folder / "results.csv"), _results.read(folder / "published.csv"))
-    assert (folder / "tables.md").read_text() == expected, "examples/_results.py: redraw(docs/results)"
+    assert (folder / "tables.md").read_text() == expected, "experiments/_results.py: redraw(docs/results)"
 
 
 def test_there_is_code_to_run():

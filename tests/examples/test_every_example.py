@@ -1,4 +1,4 @@
-"""Every example has help, a line in the documentation and a test, and takes the commands that are printed for it."""
+"""Every example and experiment has help, a line in the documentation and a test; printed commands are taken."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if not path.name.startswith("_")]
+FOLDERS = ("examples", "experiments")
+EXAMPLES = [path for name in FOLDERS for path in sorted((ROOT / name).glob("*.py")) if path.name[0] != "_"]
 NAMES = [path.stem for path in EXAMPLES]
 PAGES = [ROOT / "README.md", *(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
 
@@ -29,14 +30,14 @@ def test_help_says_what_it_is(name, capsys):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_some_test_knows_it(name):
-    tests = [path.read_text() for path in Path(__file__).parent.glob("test_*.py") if path != Path(__file__)]
+    tests = [path.read_text() for path in (ROOT / "tests").glob("ex*/test_*.py") if path != Path(__file__)]
     assert any(re.search(rf'^import {name}\b|example\("{name}"\)', text, flags=re.MULTILINE) for text in tests)
 
 
 def test_the_documentation_lists_every_example_once():
     page = (ROOT / "docs" / "examples.md").read_text()
-    rows = re.findall(r"^\| \[`(\w+)\.py`\]\(\.\./examples/(\w+)\.py\) \| \w.+ \|$", page, flags=re.MULTILINE)
-    assert sorted(rows) == [(name, name) for name in NAMES]
+    rows = re.findall(r"^\| \[`(\w+\.py)`\]\(\.\./(ex\w+/\w+\.py)\) \| \w.+ \|$", page, flags=re.MULTILINE)
+    assert sorted(rows) == sorted((path.name, str(path.relative_to(ROOT))) for path in EXAMPLES)
     assert len(rows) == page.count(".py`]")
 
 
@@ -49,7 +50,7 @@ def printed_commands() -> list[tuple[str, str]]:
             # Inline code may go over several lines.
             text = re.sub(r"(?<!`)`([^`]+)`(?!`)", lambda found: "\n" + " ".join(found[1].split()) + "\n", text)
         lines += text.splitlines()
-    found = (re.search(r"\b(?:python|torchrun) .*?\bexamples/(\w+)\.py(.*)$", line) for line in lines)
+    found = (re.search(r"\b(?:python|torchrun) .*?\b(?:examples|experiments)/(\w+)\.py(.*)$", line) for line in lines)
     return sorted({(match[1], match[2].strip()) for match in found if match})
 
 

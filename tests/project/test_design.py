@@ -21,7 +21,11 @@ from lightning_imaml.regularizers import FullProximal, KroneckerProximal, LowRan
 from lightning_imaml.runtime.phases import listening, phase
 
 SOURCES = sorted((ROOT / "lightning_imaml").rglob("*.py"))
-PROGRAMS = [path for folder in ("tests", "examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+PROGRAMS = [
+    path
+    for folder in ("tests", "examples", "experiments", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
 SETTINGS = [
     GradientDescent(0.1, 5, tol=1e-3), ConjugateGradient(7, 1e-3, 0.5), Direct(), MinRes(9), Hessian(), GaussNewton(),
     Implicit(ConjugateGradient(3), GaussNewton()), FirstOrder(), Proximal(0.3, learned=True), Nesterov(0.1, 5),

@@ -4,7 +4,7 @@ A task is y = A sin(x − p) with amplitude A in [0.1, 5] and phase p in [0, π]
 (Finn et al., 2017, https://arxiv.org/abs/1703.03400, section 5.1). A network of two hidden layers of 40 units learns an
 initialisation from which a few gradient steps fit a sinusoid that it never saw.
 
-    python examples/sinusoid.py                 # iMAML; --method maml, fomaml or reptile for the others
+    python experiments/sinusoid.py                 # iMAML; --method maml, fomaml or reptile for the others
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ keeps the weights that were best on validation classes; tests them on test class
 arguments goes on from the last checkpoint, and the minutes of earlier calls count towards the budget; what a call that
 was killed had done since its last checkpoint, one an epoch, counts as not done.
 
-    python examples/reproduce.py --table 2 --method imaml_gd --ways 5 --shots 1 --root OMNIGLOT --budget 60
-    python examples/reproduce.py --table 3 --method maml --ways 5 --shots 1 --root MINI_IMAGENET --budget 120
+    python experiments/reproduce.py --table 2 --method imaml_gd --ways 5 --shots 1 --root OMNIGLOT --budget 60
+    python experiments/reproduce.py --table 3 --method maml --ways 5 --shots 1 --root MINI_IMAGENET --budget 120
 
 The configurations are that of the method, ``configs/omniglot_5way_1shot_<method>.yaml``, and the differences in
 ``configs/settings`` that belong to the setting. ``--config FILE…`` adds more differences, such as another λ.
@@ -195,7 +195,7 @@ def commit() -> str:
         return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", "lightning_imaml", "examples", "configs")
+        changed = git("status", "--porcelain", "--", "lightning_imaml", "experiments", "configs")
         return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return f"version {__version__}"

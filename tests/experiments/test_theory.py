@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-EXAMPLES = ROOT / "examples"
+EXAMPLES = ROOT / "experiments"
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ Gradient descent takes the paper's 16 steps on 5-way 1-shot tasks. The Hessian-f
 the line search tries; and, for the mean task, the gradients and products until it was there. The network is fresh, or
 one that was meta-trained, whose tasks are of classes that it has not seen.
 
-    python examples/hessian_free.py --root PATH   # Omniglot; without --root: the embedded letters
-    python examples/hessian_free.py --root PATH --ckpt_path best.ckpt --cg-steps 5 2 --lrs 0.1 0.03
+    python experiments/hessian_free.py --root PATH   # Omniglot; without --root: the embedded letters
+    python experiments/hessian_free.py --root PATH --ckpt_path best.ckpt --cg-steps 5 2 --lrs 0.1 0.03
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ The problems, one task each, in float64, with φ*, d and δ′ from dense solves
   L = λ_max(XᵀX/n)/4 and B = Σ‖x‖/n over the query set, as 0 < σ' ≤ 1/4 and |σ − y| ≤ 1;
   ρ = Σ‖x‖³/n · sup|σ''| over the support set, with sup|σ''| = 1/(6√3).
 
-    python examples/error_bound.py
+    python experiments/error_bound.py
 """
 
 from __future__ import annotations

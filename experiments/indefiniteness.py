@@ -28,8 +28,8 @@ and records on a probe, a few training tasks that are the same for every method 
 The reference is not the paper's exact meta-gradient, whose φ is a stationary point of the inner problem. More steps do
 not lead to one: --reference-steps 500 shows ‖∇_φ G‖ after 500 steps.
 
-    python examples/indefiniteness.py                                                   # the embedded letters
-    python examples/indefiniteness.py --root PATH --steps 300 --every 50 --tasks 16     # Omniglot
+    python experiments/indefiniteness.py                                                   # the embedded letters
+    python experiments/indefiniteness.py --root PATH --steps 300 --every 50 --tasks 16     # Omniglot
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ rates of ``configs/omniglot_5way_1shot_imaml_gd.yaml``. The weights after the la
 tasks, so that the difference to the fixed λ is one task by task. What is done is kept in the output folder: a second
 call with the same options goes on from there.
 
-    python examples/omniglot_regularizers.py --root PATH --minutes 30    # for each variant and seed
+    python experiments/omniglot_regularizers.py --root PATH --minutes 30    # for each variant and seed
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ What counts, in units of one gradient (a forward and a backward pass):
 So K inner steps cost K + 2 + 2·(CG steps) with iMAML, 3K + 1 with MAML, and K + 1 + 2·min(K, k) with back-propagation
 through the last k steps.
 
-    python examples/figure_2a.py
+    python experiments/figure_2a.py
 """
 
 from __future__ import annotations

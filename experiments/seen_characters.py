@@ -4,7 +4,7 @@ Of the 423 test characters in the code that the iMAML authors released, 310 are 
 weights that were trained on this package's split are tested here three times: on the 323 characters of its test split,
 on as many of its training split, and on 113 of the former with 310 of the latter.
 
-    python examples/seen_characters.py --root PATH --ckpt_path FILE
+    python experiments/seen_characters.py --root PATH --ckpt_path FILE
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Linear regression in float64 with a prescribed condition number κ of the inner 
 - the peak bytes of live tensors in one meta-gradient: flat in the inner steps for iMAML, linear for MAML;
 - what error of the meta-gradient remains after those steps. φ* and the exact meta-gradient are dense solves.
 
-    python examples/table_1.py
+    python experiments/table_1.py
 """
 
 from __future__ import annotations

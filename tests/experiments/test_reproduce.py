@@ -384,8 +384,8 @@ def test_what_the_tables_do_not_have_is_refused(options, said, capsys):
 def test_the_commit_is_that_of_the_code_or_else_the_version(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     assert reproduce.commit() == f"version {__version__}"
-    (tmp_path / "examples").mkdir()
-    (tmp_path / "examples" / "code.py").write_text("1")
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "code.py").write_text("1")
 
     def git(*command):
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -396,5 +396,5 @@ def test_the_commit_is_that_of_the_code_or_else_the_version(tmp_path, monkeypatc
     head = git("rev-parse", "--short", "HEAD").strip()
     (tmp_path / "README.md").write_text("no code")
     assert reproduce.commit() == head
-    (tmp_path / "examples" / "code.py").write_text("2")
+    (tmp_path / "experiments" / "code.py").write_text("2")
     assert reproduce.commit() == f"{head}+changes"

@@ -9,7 +9,7 @@ So the proximal inner problem with this λ, one for each weight, and θ = θ₀ 
 is what a learned ``Proximal(per="parameter")`` must find, from meta-gradients alone. A single λ cannot be as good. The
 best single λ is found apart, by a search over the closed form on as many tasks as are tested on.
 
-    python examples/learned_regularizer.py
+    python experiments/learned_regularizer.py
 """
 
 from __future__ import annotations

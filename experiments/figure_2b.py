@@ -15,7 +15,7 @@ One task at a time, in float32. Measured for each method and each number of step
     peak_mib         the most memory that the meta-gradient takes beside network and data: the exact bytes of live
                      tensors on a CPU, those that PyTorch's allocator has handed out on a GPU
 
-    python examples/figure_2b.py --root PATH    # Omniglot; without --root: the embedded letters
+    python experiments/figure_2b.py --root PATH    # Omniglot; without --root: the embedded letters
 """
 
 from __future__ import annotations
