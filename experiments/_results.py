@@ -28,8 +28,8 @@ _TICKS = (20, 40, 60, 70, 80, 85, 90, 92, 94, 95, 96, 97, 98, 98.5, 99, 99.5, 10
 _INTRODUCTION = """\
 # Tables 2 and 3
 
-Written by `experiments/reproduce.py` from [results.csv](results.csv) and from [published.csv](published.csv), which
-names its sources: the paper's Table 2 was read in a public transcription of it, Table 3 as other papers quote it, and iMAML
+Written by `experiments/reproduce.py` from [results.csv](results.csv) and [published.csv](published.csv), which names
+its sources: the paper's Table 2 was read in a public transcription of it, Table 3 as other papers quote it, and iMAML
 with gradient descent on mini-ImageNet is left out, since no source for it was at hand. Accuracies in per cent. "Here"
 is the newest row of a method and setting, and one with the λ and inner steps of the paper has a line of its own; all
 rows are listed below."""
