@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
+from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
 
 from lightning_imaml import functional
@@ -255,6 +256,20 @@ class IMAMLModule(OuterStep):
         self._build()
         settings = self.solve_settings(inner_solver or self.eval_inner_solver)
         return functional.adapt(self.backbone, support_inputs, support_targets, **settings)
+
+    def adapted_network(self, support_inputs: Any, support_targets: Any) -> nn.Module:
+        """A plain network that has adapted to one task: to save, export, compile and serve.
+
+        Args:
+            support_inputs: of one task, ``[n, ...]``.
+            support_targets: of one task, ``[n]`` or ``[n, ...]``.
+
+        Returns:
+            A copy of the backbone, see :func:`lightning_imaml.functional.adapted_network`.
+        """
+        inputs, targets = pytree.tree_map(lambda t: t.unsqueeze(0), (support_inputs, support_targets))
+        adapted = self.adapt(inputs, targets)
+        return functional.adapted_network(self.backbone, adapted.parameters, support_inputs=inputs)
 
     def meta_gradient(
         self,

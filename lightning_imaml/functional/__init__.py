@@ -1,7 +1,8 @@
 """The core without Lightning: adapt to tasks, predict with adapted parameters, differentiate through adaptation."""
 
 from lightning_imaml.functional.adaptation import Adapted, adapt
+from lightning_imaml.functional.deployment import adapted_network
 from lightning_imaml.functional.meta_gradient import MetaGradient, meta_gradient
 from lightning_imaml.functional.prediction import evaluate, predict
 
-__all__ = ["Adapted", "MetaGradient", "adapt", "evaluate", "meta_gradient", "predict"]
+__all__ = ["Adapted", "MetaGradient", "adapt", "adapted_network", "evaluate", "meta_gradient", "predict"]

@@ -68,13 +68,25 @@ class SupportNorm(SupportLayer):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Normalise ``[n, C, ...]``."""
-        support = inputs[: self.support_rows]
-        values = support.numel() // self.channels
-        require(values > 1, self, "the support set", "more than one value a channel", values, "Use norm='layer'.")
-        variance, mean = torch.var_mean(support, [0, *range(2, inputs.ndim)], correction=0, keepdim=True)
+        variance, mean = self._statistics(inputs[: self.support_rows])
         shape = [1, self.channels] + [1] * (inputs.ndim - 2)
         scale = (variance + self.eps).rsqrt() * self.weight.view(shape)
         return (inputs - mean) * scale + self.bias.view(shape)
+
+    def frozen(self, inputs: Tensor) -> nn.Module:
+        """PyTorch's BatchNorm with the statistics of these support samples ``[s, C, ...]`` in its buffers."""
+        kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[inputs.ndim]
+        layer = kind(self.channels, self.eps).to(inputs)
+        variance, mean = self._statistics(inputs)
+        state = {"weight": self.weight, "bias": self.bias, "running_mean": mean.flatten()}
+        layer.load_state_dict(state | {"running_var": variance.flatten(), "num_batches_tracked": torch.tensor(1)})
+        return layer
+
+    def _statistics(self, support: Tensor) -> tuple[Tensor, Tensor]:
+        """Variance and mean of each channel, ``[1, C, 1, ...]``."""
+        values = support.numel() // self.channels
+        require(values > 1, self, "the support set", "more than one value a channel", values, "Use norm='layer'.")
+        return torch.var_mean(support, [0, *range(2, support.ndim)], correction=0, keepdim=True)
 
 
 def norm_layer(norm: Norm, channels: int, images: bool = True) -> nn.Module:

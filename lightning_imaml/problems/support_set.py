@@ -8,13 +8,14 @@ through them is exact.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 _rows: ContextVar[int | None] = ContextVar("support_rows", default=None)
@@ -27,6 +28,10 @@ class SupportLayer(nn.Module):
     def support_rows(self) -> int | None:
         """How many of the first rows are the support set; None where all are."""
         return _rows.get()
+
+    @abstractmethod
+    def frozen(self, inputs: Tensor) -> nn.Module:
+        """A plain layer with the statistics of these support samples ``[s, ...]``, for a network to deploy."""
 
 
 def current_support_rows() -> int:
@@ -49,6 +54,15 @@ def support_rows(count: int) -> Iterator[None]:
         _rows.reset(token)
 
 
+def require_support_inputs(network: nn.Module, support_inputs: Any) -> None:
+    """Raise a ValueError where a network needs the support set to predict and does not get it."""
+    if support_inputs is None and reads_support(network):
+        raise ValueError(
+            f"support_inputs must be given, since {type(network).__name__} normalises by the statistics of the support "
+            "set (SupportNorm); found None. Pass the inputs that the parameters were adapted to."
+        )
+
+
 def concat_support(network: nn.Module, support_inputs: Any, inputs: Any) -> tuple[Any, int]:
     """Put the support sets before other samples of the same tasks, where the network needs them to predict.
 
@@ -65,11 +79,7 @@ def concat_support(network: nn.Module, support_inputs: Any, inputs: Any) -> tupl
     """
     if not reads_support(network):
         return inputs, 0
-    if support_inputs is None:
-        raise ValueError(
-            f"support_inputs must be given, since {type(network).__name__} normalises by the statistics of the support "
-            "set (SupportNorm); found None. Pass the inputs that the parameters were adapted to."
-        )
+    require_support_inputs(network, support_inputs)
     kinds = [[(t.shape[0], *t.shape[2:]) for t in pytree.tree_leaves(tree)] for tree in (support_inputs, inputs)]
     if kinds[0] != kinds[1]:
         raise ValueError(
