@@ -20,7 +20,7 @@ def adapted_network(
 ) -> nn.Module:
     """A plain network that has adapted to one task: to save, export, compile and serve.
 
-    The copy is in evaluation mode and knows nothing of meta-learning. Layers that normalise by the statistics of the
+    The copy is in evaluation mode, requires no gradients and knows nothing of meta-learning. Layers that normalise by the statistics of the
     support set (:class:`lightning_imaml.models.SupportNorm`) become PyTorch's BatchNorm with these statistics in its
     buffers, so that one sample at a time gives what :func:`predict` gives for all of them.
 
@@ -53,7 +53,7 @@ def adapted_network(
     if not 0 <= task < len(first):
         raise IndexError(f"task must be from 0 to {len(first) - 1}, the tasks of the parameters; found {task}.")
     with torch.inference_mode(False), torch.no_grad():
-        network = copy.deepcopy(model).to(first.device, first.dtype).eval()
+        network = copy.deepcopy(model).to(first.device, first.dtype).eval().requires_grad_(False)
         own = dict(network.named_parameters(remove_duplicate=False))
         unknown = [name for name in parameters if name not in own]
         if unknown:
@@ -104,4 +104,4 @@ def _freeze_statistics(network: nn.Module, support_inputs: Any) -> None:
     for module in list(network.modules()):
         for name, layer in module._modules.items():
             if layer in frozen:
-                module._modules[name] = frozen[layer].eval()
+                module._modules[name] = frozen[layer].eval().requires_grad_(False)
