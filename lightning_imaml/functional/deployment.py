@@ -21,8 +21,8 @@ def adapted_network(
     """A plain network that has adapted to one task: to save, export, compile and serve.
 
     The copy is in evaluation mode, requires no gradients and knows nothing of meta-learning. Layers that normalise by
-    the statistics of the support set (:class:`lightning_imaml.models.SupportNorm`) become PyTorch's BatchNorm with these
-    statistics in its buffers, so that one sample at a time gives what :func:`predict` gives for all of them.
+    the statistics of the support set (:class:`lightning_imaml.models.SupportNorm`) become PyTorch's BatchNorm with
+    these statistics in its buffers, so that one sample at a time gives what :func:`predict` gives for all of them.
 
     Example:
         >>> from lightning_imaml.functional import adapt

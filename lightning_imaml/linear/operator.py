@@ -62,7 +62,7 @@ def require_symmetric(solver: object, matvec: MatVec | LinearOperator) -> Linear
     operator = as_operator(matvec)
     if not operator.symmetric:
         raise ValueError(
-            f"{type(solver).__name__}: the operator must be symmetric; found symmetric=False. Use Direct(), which "
-            "solves any regular system of few unknowns."
+            f"{type(solver).__name__}: the operator must be symmetric; found symmetric=False. Use GMRES(), which "
+            "solves any regular system."
         )
     return operator
