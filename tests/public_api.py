@@ -26,12 +26,12 @@ NAMES = {
     "lightning_imaml": ["IMAMLModule", "Episode"],
     "lightning_imaml.inner": ["GradientDescent", "Nesterov", "HessianFree", "TorchOptimizer"],
     "lightning_imaml.curvature": ["Hessian", "GaussNewton"],
-    "lightning_imaml.linear": ["ConjugateGradient", "Direct", "MinRes", "Neumann"],
+    "lightning_imaml.linear": ["ConjugateGradient", "Direct", "MinRes", "Neumann", "GMRES", "BiCGStab", "NormalCG"],
     "lightning_imaml.meta_gradients": ["Implicit", "FirstOrder", "Unrolled", "Truncated", "Reptile"],
     "lightning_imaml.regularizers": [
         "NoRegularizer", "Proximal", "MatrixProximal", "FullProximal", "KroneckerProximal", "LowRankProximal",
     ],
-    "lightning_imaml.functional": ["adapt", "predict", "meta_gradient"],
+    "lightning_imaml.functional": ["adapt", "predict", "evaluate", "meta_gradient", "adapted_network"],
     "lightning_imaml.callbacks": [
         "MetaGradientErrorMonitor", "PeakMemoryMonitor", "LearningCurve", "ResultsTable",
         "AdaptationCurve", "EpisodeGrid", "RegularizerMonitor",
