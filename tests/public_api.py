@@ -18,20 +18,21 @@ MODULES = (
     "lightning_imaml", "lightning_imaml.allocator", "lightning_imaml.callbacks", "lightning_imaml.checkpoints",
     "lightning_imaml.cli", "lightning_imaml.curvature", "lightning_imaml.data", "lightning_imaml.functional",
     "lightning_imaml.inner", "lightning_imaml.linear", "lightning_imaml.losses", "lightning_imaml.meta_gradients",
-    "lightning_imaml.metrics", "lightning_imaml.models", "lightning_imaml.regularizers",
+    "lightning_imaml.metrics", "lightning_imaml.models", "lightning_imaml.problems", "lightning_imaml.regularizers",
 )  # fmt: skip
 
 # The names that outside code relies on.
 NAMES = {
     "lightning_imaml": ["IMAMLModule", "Episode"],
-    "lightning_imaml.inner": ["GradientDescent", "Nesterov", "HessianFree", "TorchOptimizer"],
+    "lightning_imaml.inner": ["GradientDescent", "Nesterov", "HessianFree", "TorchOptimizer", "Newton", "Anderson"],
     "lightning_imaml.curvature": ["Hessian", "GaussNewton"],
     "lightning_imaml.linear": ["ConjugateGradient", "Direct", "MinRes", "Neumann", "GMRES", "BiCGStab", "NormalCG"],
     "lightning_imaml.meta_gradients": ["Implicit", "FirstOrder", "Unrolled", "Truncated", "Reptile"],
+    "lightning_imaml.problems": ["FixedPoint", "Root", "Equilibrium"],
     "lightning_imaml.regularizers": [
         "NoRegularizer", "Proximal", "MatrixProximal", "FullProximal", "KroneckerProximal", "LowRankProximal",
     ],
-    "lightning_imaml.functional": ["adapt", "predict", "evaluate", "meta_gradient", "adapted_network"],
+    "lightning_imaml.functional": ["adapt", "predict", "evaluate", "meta_gradient", "adapted_network", "solve"],
     "lightning_imaml.callbacks": [
         "MetaGradientErrorMonitor", "PeakMemoryMonitor", "LearningCurve", "ResultsTable",
         "AdaptationCurve", "EpisodeGrid", "RegularizerMonitor",

@@ -15,7 +15,7 @@ from lightning_imaml.components.checks import require
 from lightning_imaml.components.stopping import all_done, require_check_every
 from lightning_imaml.parameters.positive import Bounds, Granularity, Positive, Value, check, place
 from lightning_imaml.parameters.rows import Rows
-from lightning_imaml.problems.base import Minimization
+from lightning_imaml.problems.base import InnerProblem
 
 State = tuple[Tensor, ...]
 """Tensors with a leading task dimension; the first is the parameters ``[T, D]``."""
@@ -54,7 +54,7 @@ class InnerSolver(Component, ABC):
         return {}
 
     @abstractmethod
-    def solve(self, problem: Minimization, parameters: Tensor, differentiable_steps: int = 0) -> InnerSolution:
+    def solve(self, problem: InnerProblem, parameters: Tensor, differentiable_steps: int = 0) -> InnerSolution:
         """Minimise G from ``parameters``.
 
         Args:
@@ -76,18 +76,18 @@ class SteppingSolver(InnerSolver):
     differentiable: ClassVar[bool] = True
 
     @abstractmethod
-    def init(self, problem: Minimization, parameters: Tensor) -> State:
+    def init(self, problem: InnerProblem, parameters: Tensor) -> State:
         """The state before the first step, from parameters ``[T, D]``."""
 
     @abstractmethod
-    def step(self, problem: Minimization, state: State) -> tuple[State, Tensor]:
+    def step(self, problem: InnerProblem, state: State) -> tuple[State, Tensor]:
         """One step.
 
         Returns:
             The next state, and ∇G ``[T, D]`` at the parameters that the step set out from.
         """
 
-    def solve(self, problem: Minimization, parameters: Tensor, differentiable_steps: int = 0) -> InnerSolution:
+    def solve(self, problem: InnerProblem, parameters: Tensor, differentiable_steps: int = 0) -> InnerSolution:
         """Minimise G from ``parameters``, see :meth:`InnerSolver.solve`."""
         if not self.differentiable:
             refuse_differentiation(self, differentiable_steps)
@@ -154,7 +154,7 @@ class StepSizes(SteppingSolver):
         """The step size of all entries, or one for each entry, ``[D]``, for rows like these."""
         return self._placed(model).values(rates, rows)
 
-    def descend(self, problem: Minimization, parameters: Tensor, gradient: Tensor) -> Tensor:
+    def descend(self, problem: InnerProblem, parameters: Tensor, gradient: Tensor) -> Tensor:
         """φ − lr ∇G: ``[T, D]``."""
         lr = self.step_sizes(problem.rows, problem.rates, parameters)
         if isinstance(lr, float):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_imaml.inner.base import State, StepSizes
 from lightning_imaml.parameters.positive import Bounds, Granularity, Value
-from lightning_imaml.problems.base import Minimization
+from lightning_imaml.problems.base import InnerProblem
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +42,12 @@ class GradientDescent(StepSizes):
     per: Granularity | None = None
     bounds: Bounds | None = None
 
-    def init(self, problem: Minimization, parameters: Tensor) -> State:
+    def init(self, problem: InnerProblem, parameters: Tensor) -> State:
         """The state is the parameters alone."""
         return (parameters,)
 
-    def step(self, problem: Minimization, state: State) -> tuple[State, Tensor]:
+    def step(self, problem: InnerProblem, state: State) -> tuple[State, Tensor]:
         """One gradient step for all tasks."""
         (parameters,) = state
-        gradient = problem.gradient(parameters)  # Compiled by itself, it is the one that the residual takes, too.
+        gradient = problem.residual(parameters)  # Compiled by itself, it is the one that the residual takes, too.
         return (self.descend(problem, parameters, gradient),), gradient

@@ -13,7 +13,7 @@ from lightning_imaml.components.stopping import all_done
 from lightning_imaml.curvature import Curvature, Hessian
 from lightning_imaml.inner.base import State, SteppingSolver
 from lightning_imaml.linear.conjugate_gradient import ConjugateGradient
-from lightning_imaml.problems.base import Minimization
+from lightning_imaml.problems.base import InnerProblem, Minimization
 
 _SUFFICIENT = 1e-4
 _HALVINGS = 12
@@ -54,12 +54,18 @@ class HessianFree(SteppingSolver):
         super().__post_init__()
         require(self.cg_steps >= 1, self, "cg_steps", "at least 1", self.cg_steps, "The paper takes 5.")
 
-    def init(self, problem: Minimization, parameters: Tensor) -> State:
+    def init(self, problem: InnerProblem, parameters: Tensor) -> State:
         """The state is the parameters alone."""
+        if not isinstance(problem, Minimization):
+            raise TypeError(
+                f"HessianFree: the inner problem must minimise a value, which its line search compares; found "
+                f"{type(problem).__name__}. Use Newton or Anderson for a condition F = 0."
+            )
         return (parameters,)
 
-    def step(self, problem: Minimization, state: State) -> tuple[State, Tensor]:
+    def step(self, problem: InnerProblem, state: State) -> tuple[State, Tensor]:
         """One truncated Newton step for all tasks."""
+        assert isinstance(problem, Minimization)
         (parameters,) = state
         linearization = problem.linearize(parameters, self.curvature)
         # Not the value that the last line search accepted: with dropout, a lucky draw would stop a task for good.

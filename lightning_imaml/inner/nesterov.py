@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_imaml.inner.base import State, StepSizes
 from lightning_imaml.parameters.positive import Bounds, Granularity, Value
-from lightning_imaml.problems.base import Minimization
+from lightning_imaml.problems.base import InnerProblem
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,18 +52,18 @@ class Nesterov(StepSizes):
     bounds: Bounds | None = None
     positions: ClassVar[int] = 2
 
-    def init(self, problem: Minimization, parameters: Tensor) -> State:
+    def init(self, problem: InnerProblem, parameters: Tensor) -> State:
         """The state is (y, x, t)."""
         # A copy, since the compiler treats one tensor given twice as a case of its own.
         return parameters, parameters.clone(), torch.ones_like(parameters[:, :1])
 
-    def step(self, problem: Minimization, state: State) -> tuple[State, Tensor]:
+    def step(self, problem: InnerProblem, state: State) -> tuple[State, Tensor]:
         """One accelerated step for all tasks."""
         following, gradient = problem.run(self._accelerate, *state)
         return following, gradient
 
-    def _accelerate(self, problem: Minimization, y: Tensor, x: Tensor, t: Tensor) -> tuple[State, Tensor]:
-        gradient = problem.gradient(y)
+    def _accelerate(self, problem: InnerProblem, y: Tensor, x: Tensor, t: Tensor) -> tuple[State, Tensor]:
+        gradient = problem.residual(y)
         following = self.descend(problem, y, gradient)
         move = following - x
         uphill = torch.linalg.vecdot(gradient.detach(), move.detach()).unsqueeze(1) > 0

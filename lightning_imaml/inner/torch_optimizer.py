@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 from lightning_imaml.components.checks import require
 from lightning_imaml.components.stopping import all_done
 from lightning_imaml.inner.base import InnerSolution, InnerSolver, attach, refuse_differentiation
-from lightning_imaml.problems.base import Minimization
+from lightning_imaml.problems.base import InnerProblem
 
 # Their updates mix the entries of a tensor, and so the tasks of the matrix.
 _NOT_ELEMENTWISE = ("LBFGS", "Muon", "Adafactor", "SparseAdam")
@@ -57,7 +57,7 @@ class TorchOptimizer(InnerSolver):
         separate = name not in _NOT_ELEMENTWISE
         require(separate, self, "optimizer", "element-wise, so that tasks do not mix", name, remedy)
 
-    def solve(self, problem: Minimization, parameters: Tensor, differentiable_steps: int = 0) -> InnerSolution:
+    def solve(self, problem: InnerProblem, parameters: Tensor, differentiable_steps: int = 0) -> InnerSolution:
         """Minimise G from ``parameters``, see :meth:`InnerSolver.solve`."""
         refuse_differentiation(self, differentiable_steps)
         rows = parameters.detach().clone()
@@ -67,7 +67,7 @@ class TorchOptimizer(InnerSolver):
         with torch.no_grad():
             for k in range(self.steps):
                 rows.grad = None  # The last one would take [T, D] while the next is computed.
-                rows.grad = problem.gradient(rows)
+                rows.grad = problem.residual(rows)
                 if self.tol > 0:
                     active = active & (rows.grad.norm(dim=1) > self.tol)
                     if all_done(active, k + 1, self.check_every):

@@ -14,7 +14,7 @@ from public_api import NAMES
 from rooms import ROOMS, room_of
 
 from lightning_imaml.curvature import GaussNewton, Hessian
-from lightning_imaml.inner import GradientDescent, HessianFree, Nesterov, TorchOptimizer
+from lightning_imaml.inner import Anderson, GradientDescent, HessianFree, Nesterov, Newton, TorchOptimizer
 from lightning_imaml.linear import GMRES, BiCGStab, ConjugateGradient, Direct, MinRes, Neumann, NormalCG
 from lightning_imaml.meta_gradients import FirstOrder, Implicit, Reptile, Truncated, Unrolled
 from lightning_imaml.regularizers import FullProximal, KroneckerProximal, LowRankProximal, Proximal
@@ -27,7 +27,8 @@ PROGRAMS = [
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 SETTINGS = [
-    GradientDescent(0.1, 5, tol=1e-3), ConjugateGradient(7, 1e-3, 0.5), Direct(), MinRes(9), GMRES(9, restart=3), BiCGStab(9), NormalCG(9), Hessian(), GaussNewton(),
+    GradientDescent(0.1, 5, tol=1e-3), ConjugateGradient(7, 1e-3, 0.5), Direct(), MinRes(9), Hessian(), GaussNewton(),
+    GMRES(9, restart=3), BiCGStab(9), NormalCG(9), Newton(steps=3), Anderson(3, 9),
     Implicit(ConjugateGradient(3), GaussNewton()), FirstOrder(), Proximal(0.3, learned=True), Nesterov(0.1, 5),
     HessianFree(3, curvature=GaussNewton()), TorchOptimizer(torch.optim.Adam, 3, {"lr": 0.1}), Neumann(3, step=0.5),
     Unrolled(), Truncated(2), Reptile(),
