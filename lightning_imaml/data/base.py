@@ -12,8 +12,8 @@ from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_imaml.data.batching import EndlessSampler, EpisodeDataset, EvaluationBatches, TrainingBatches
 from lightning_imaml.data.sampling import SPLITS, Range, TaskSource, random_of
+from lightning_imaml.data.sampling.batching import EndlessSampler, EpisodeDataset, EvaluationBatches, TrainingBatches
 from lightning_imaml.episodes import Episode
 
 # The module is named apart so that the command line takes one by its class path, such as torchvision's transforms.

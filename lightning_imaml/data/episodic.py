@@ -13,9 +13,9 @@ from torch.utils.data import Dataset
 
 from lightning_imaml.components.checks import require_choice
 from lightning_imaml.data.base import TaskDataModule, Transform, require_range, split_setting
-from lightning_imaml.data.episode_list import ListedTasks, read_episodes, write_episodes
 from lightning_imaml.data.labelled import ROTATIONS, ClassPool, shuffle_classes
 from lightning_imaml.data.sampling import SPLITS, DrawnTasks, ImageTasks, Range, ShapeSource, bounds
+from lightning_imaml.data.sampling.episode_list import ListedTasks, read_episodes, write_episodes
 
 _SHARES = (0.64, 0.16, 0.20)  # of the classes: those of mini-ImageNet and CIFAR-FS
 _SHOWN = 5  # how many of the offending classes an error names

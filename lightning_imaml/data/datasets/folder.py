@@ -12,8 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 from lightning_imaml.components.checks import require_choice
-from lightning_imaml.data.cache import default_cache_dir
-from lightning_imaml.data.class_splits import ClassSplit, read_split
+from lightning_imaml.data.datasets.class_splits import ClassSplit, read_split
 from lightning_imaml.data.episodic import EpisodicDataModule
 from lightning_imaml.data.images import (
     Classes,
@@ -25,6 +24,7 @@ from lightning_imaml.data.images import (
     image_names,
     load_images,
 )
+from lightning_imaml.data.images.cache import default_cache_dir
 from lightning_imaml.data.labelled import ClassPool
 from lightning_imaml.data.sampling import SPLITS
 
