@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -28,13 +29,23 @@ from lightning_imaml.data.labelled import ClassPool, LabelledTensors
 OnBroken = Literal["raise", "skip"]
 # zipfile raises a RuntimeError for a file that is encrypted or packed in a way that it does not know.
 _BROKEN = (OSError, SyntaxError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
-_VERSION = 1  # of the decoding: change it together with what decides the pixels, so that old caches are not used
+_VERSION = 2  # of the decoding: change it together with what decides the pixels, so that old caches are not used
 _SHOWN = 5
+_ORIENTATION = 0x0112  # the tag of EXIF 2.32, section 4.6.4
+_UPRIGHT: Mapping[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a file becomes an array ``[C, size, size]``.
+    """How a file becomes an array ``[C, size, size]``, turned upright as its EXIF orientation says.
 
     Attributes:
         size: pixels, the side of the picture.
@@ -52,14 +63,25 @@ class Decoding:
             image: Image.Image = opened
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"it has {image.mode} pixels, which are not 8 bits; convert it")
+            image = _upright(image)
             if "transparency" in image.info:
                 image = image.convert("RGBA")
             image = image.convert("L" if self.channels == 1 else "RGB")
             if image.size != (self.size, self.size):
                 size, filter = (self.size, self.size), Image.Resampling.LANCZOS
                 image = ImageOps.fit(image, size, filter) if self.crop else image.resize(size, filter)
-            array = np.asarray(image, dtype=np.uint8)
+            array = np.array(image, dtype=np.uint8)  # A copy, since Pillow's own memory is read-only.
         return np.ascontiguousarray(array[None] if self.channels == 1 else array.transpose(2, 0, 1))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says, as Pillow's ``exif_transpose`` does."""
+    image.load()  # first, since Pillow turns a TIFF by itself then
+    # The pixels may be whole where what a camera wrote beside them is not: Pillow raises many errors for that.
+    with suppress(Exception):
+        method = _UPRIGHT.get(image.getexif().get(_ORIENTATION))
+        return image if method is None else image.transpose(method)
+    return image
 
 
 def read_image(reader: ImageReader, file: ImageFile, decode: Decoding) -> NDArray[np.uint8]:

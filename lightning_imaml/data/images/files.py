@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -34,28 +35,50 @@ def find_place(root: Path, name: str) -> Path | None:
     return archive if archive.is_file() else None
 
 
-def find_classes(place: Path, depth: int = 1, prefix: str = "") -> Classes:
+def find_classes(place: Path, depth: int | None = 1, prefix: str = "") -> Classes:
     """Find the image files of a folder or zip archive by class.
 
     Args:
         place: the folder or archive.
-        depth: how many folders make up the name of a class; deeper ones do not matter.
+        depth: how many folders make up the name of a class; deeper ones do not matter. None for all of them: the class
+            is the path of the folder that holds the images.
         prefix: look in this folder of the archive only.
 
     Returns:
-        The classes, sorted; those of empty folders have no files.
+        The classes, sorted; those of empty folders have no files, and are left out where ``depth`` is None.
     """
     classes: Classes = {}
     for name in sorted(_names(place)):
         if not name.startswith(prefix):
             continue
         parts = name.removeprefix(prefix).split("/")
-        if len(parts) <= depth or any(part.startswith((".", "__MACOSX")) for part in parts):
+        if len(parts) <= (depth or 1) or _hidden(parts):
             continue
-        files = classes.setdefault("/".join(parts[:depth]), [])
-        if name.lower().endswith(ENDINGS):
+        is_image = name.lower().endswith(ENDINGS)
+        if depth is None and not is_image:
+            continue
+        files = classes.setdefault("/".join(parts[: depth or -1]), [])
+        if is_image:
             files.append(ImageFile(place, name))
     return dict(sorted(classes.items()))
+
+
+def _hidden(parts: Sequence[str]) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in parts)
+
+
+def ignored_files(place: Path) -> Counter[str]:
+    """What :func:`find_classes` leaves out: how many files of each ending, and how many images in no folder."""
+    kinds: Counter[str] = Counter()
+    for name in _names(place):
+        parts = name.split("/")
+        if not parts[-1] or _hidden(parts):
+            continue
+        if not name.lower().endswith(ENDINGS):
+            kinds[PurePosixPath(name).suffix.lower() or "without an ending"] += 1
+        elif len(parts) == 1:
+            kinds["in no folder"] += 1
+    return kinds
 
 
 def image_names(place: Path) -> list[str]:
