@@ -64,6 +64,44 @@ class Episode(NamedTuple):
         part: Episode = pytree.tree_map(lambda t: t[tasks], self)
         return part
 
+    def to(self, *args: Any, non_blocking: bool | None = None, **kwargs: Any) -> Episode:
+        """Move all tensors to a device; convert those of floating-point numbers to a dtype.
+
+        Example:
+            >>> labels = torch.arange(5).expand(2, 5)
+            >>> episode = Episode(torch.randn(2, 5, 8), labels, torch.randn(2, 5, 8), labels).to(torch.float64)
+            >>> episode.query_inputs.dtype, episode.query_targets.dtype
+            (torch.float64, torch.int64)
+
+        Args:
+            *args: a device, a dtype, both, or a tensor that has them, as for ``torch.nn.Module.to``.
+            non_blocking: whether the copy may still go on when this returns; None as Lightning moves batches, where the
+                device can order what follows: on all but CPU and MPS.
+            **kwargs: ``device`` and ``dtype`` by name.
+
+        Raises:
+            TypeError: the dtype is none of floating-point numbers.
+        """
+        device, kind, given, _ = torch._C._nn._parse_to(*args, **kwargs)
+        dtype: torch.dtype | None = kind
+        if dtype is not None and not dtype.is_floating_point:
+            if not (args and isinstance(args[0], Tensor)):
+                raise TypeError(
+                    f"the dtype of an episode must be one of floating-point numbers; found {dtype}. Convert class "
+                    "indices with episode._replace(query_targets=...)."
+                )
+            dtype = None  # A tensor of whole numbers says the device only.
+        if non_blocking is None:
+            non_blocking = given or (device is not None and device.type not in ("cpu", "mps"))
+
+        def move(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return leaf.to(device, dtype if leaf.is_floating_point() else None, non_blocking=non_blocking)
+            return leaf.to(device) if device is not None and callable(getattr(leaf, "to", None)) else leaf
+
+        moved: Episode = pytree.tree_map(move, self)
+        return moved
+
     def validate(self) -> Episode:
         """Check that the four parts describe the same tasks.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.aggregation import BaseAggregator
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lightning_imaml.components.checks import require_at_least_one
@@ -29,6 +30,29 @@ def is_classification(outputs: Any, targets: Any) -> bool:
         and outputs.ndim == 3
         and outputs.shape[:2] == targets.shape
     )
+
+
+def ignore_index_of(module: nn.Module) -> int | None:
+    """The class index that the outer loss of an :class:`~lightning_imaml.IMAMLModule` leaves out, if it has one."""
+    loss = getattr(module, "query_loss", None)
+    index: int | None = getattr(getattr(module, "loss", None) if loss is None else loss, "ignore_index", None)
+    return index
+
+
+def accuracy_of_tasks(outputs: Tensor, targets: Tensor, ignore_index: int | None = None) -> Tensor:
+    """The share of right predictions of each task, ``[T]``, among the targets that are not ignored.
+
+    Args:
+        outputs: logits ``[T, n, ways]``.
+        targets: class indices ``[T, n]``. A negative one is no class and is left out, as padding with -100 is.
+        ignore_index: a class index that is left out, too.
+
+    Returns:
+        ``[T]``; NaN where outputs are, and where a task has no target that is kept.
+    """
+    kept = _kept(targets, ignore_index)
+    right = (outputs.argmax(dim=-1) == targets) & kept
+    return _nan_where(outputs, right.sum(dim=1).float() / kept.sum(dim=1))
 
 
 class TaskMean(Metric):
@@ -116,14 +140,27 @@ class EpisodicMean(TaskMean):
 
 
 class EpisodicAccuracy(EpisodicMean):
-    """The mean over tasks of each task's accuracy on its query set, a fraction in 0 … 1; NaN with outputs that are."""
+    """The mean over tasks of each task's accuracy on its query set, a fraction in 0 … 1.
+
+    Negative class indices are left out, as queries that are padded with a loss's ``ignore_index`` of -100 are. The mean
+    is NaN with outputs that are, and with a task that has no target left.
+
+    Args:
+        interval95: compute half the width of the 95 % interval instead.
+        ignore_index: a class index that is left out, too, such as a loss's ``ignore_index`` of 255.
+        **kwargs: those of ``torchmetrics.Metric``.
+    """
 
     higher_is_better = True
+
+    def __init__(self, interval95: bool = False, ignore_index: int | None = None, **kwargs: Any) -> None:
+        super().__init__(interval95, **kwargs)
+        self.ignore_index = ignore_index
 
     def of_tasks(self, outputs: Any, targets: Any) -> Tensor:
         """The accuracy of each task, ``[T]``."""
         _require_classification(self, outputs, targets)
-        return _nan_where(outputs, (outputs.argmax(dim=-1) == targets).float().mean(dim=1))
+        return accuracy_of_tasks(outputs, targets, self.ignore_index)
 
 
 class EpisodicInterval95(EpisodicAccuracy):
@@ -163,48 +200,69 @@ class EpisodicCalibrationError(EpisodicMean):
 
     The expected distance between confidence and accuracy, over bins of confidence of equal width. A task's query set is
     small, and the error of a perfectly calibrated network is above zero on it: compare networks on the same tasks only.
+    Targets are left out as in :class:`EpisodicAccuracy`.
 
     Args:
         bins: the number of bins.
         interval95: compute half the width of the 95 % interval instead.
+        ignore_index: a class index that is left out besides the negative ones.
         **kwargs: those of ``torchmetrics.Metric``.
     """
 
     higher_is_better = False
 
-    def __init__(self, bins: int = 15, interval95: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, bins: int = 15, interval95: bool = False, ignore_index: int | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(interval95, **kwargs)
         require_at_least_one("bins", bins, "Guo et al. have 15.")
-        self.bins = bins
+        self.bins, self.ignore_index = bins, ignore_index
 
     def of_tasks(self, outputs: Any, targets: Any) -> Tensor:
         """The calibration error of each task, ``[T]``."""
         _require_classification(self, outputs, targets)
         ways = outputs.shape[-1]
-        errors = _each(lambda p, t: multiclass_calibration_error(p, t, ways, self.bins), outputs.softmax(-1), targets)
-        return _nan_where(outputs, errors)
+        error = _on_kept(lambda p, t: multiclass_calibration_error(p, t, ways, self.bins), self.ignore_index)
+        return _nan_where(outputs, _each(error, outputs.softmax(-1), targets))
 
 
 class EpisodicMetric(EpisodicMean):
     """The mean over tasks of any metric of torchmetrics, computed on each task by itself.
+
+    Of logits and class indices, targets are left out as in :class:`EpisodicAccuracy`.
 
     Example:
         >>> from torchmetrics.classification import MulticlassF1Score
         >>> f1 = EpisodicMetric(MulticlassF1Score(num_classes=5, average="macro"))
 
     Args:
-        metric: takes a task's outputs ``[n, ...]`` and targets ``[n, ...]``, and computes one number.
+        metric: takes a task's outputs ``[n, ...]`` and targets ``[n, ...]``, and computes one number; copied.
         interval95: compute half the width of the 95 % interval instead.
+        ignore_index: a class index that is left out besides the negative ones.
         **kwargs: those of ``torchmetrics.Metric``.
+
+    Raises:
+        TypeError: the metric takes numbers instead of predictions and targets.
+        ValueError: in use, the metric computes something else than one number.
     """
 
-    def __init__(self, metric: Metric, interval95: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, metric: Metric, interval95: bool = False, ignore_index: int | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(interval95, **kwargs)
-        self.metric = copy.deepcopy(metric)
+        if isinstance(metric, BaseAggregator):
+            raise TypeError(
+                f"metric must take predictions and targets; found {type(metric).__name__}, which takes numbers. Use "
+                "EpisodicLoss(function) for the mean over tasks of function(outputs, targets)."
+            )
+        self.metric, self.ignore_index = copy.deepcopy(metric), ignore_index
+        self.metric.dist_sync_on_step = False  # A task is one process's own.
 
     def of_tasks(self, outputs: Any, targets: Any) -> Tensor:
         """The metric of each task, ``[T]``."""
-        return _each(self._of_task, outputs, targets)
+        if not is_classification(outputs, targets):
+            return _each(self._of_task, outputs, targets)
+        return _nan_where(outputs, _each(_on_kept(self._of_task, self.ignore_index), outputs, targets))
 
     def _of_task(self, outputs: Any, targets: Any) -> Tensor:
         self.metric.reset()
@@ -214,9 +272,58 @@ class EpisodicMetric(EpisodicMean):
             found = f"{list(value.shape)} numbers" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
                 f"metric must compute one number a task; found {found} from {type(self.metric).__name__}. "
-                "Set its average, or use one EpisodicMetric for each number."
+                "Set its average, such as average='macro'; or subclass EpisodicMean, whose of_tasks gives a number a "
+                "task, and return that from configure_metrics."
             )
         return value.reshape(())
+
+
+def episodic(metrics: MetricCollection, ignore_index: int | None = None) -> MetricCollection:
+    """The same metrics under the same names, each the mean over tasks of its value on each task.
+
+    A metric of torchmetrics would take the queries ``[T, n, ways]`` of T tasks for classes. Here each one that is no
+    :class:`EpisodicMean` becomes an :class:`EpisodicMetric`.
+
+    Args:
+        metrics: what :meth:`lightning_imaml.IMAMLModule.configure_metrics` gives.
+        ignore_index: a class index that wrapped metrics leave out besides the negative ones.
+
+    Raises:
+        TypeError: it is no collection, or a metric in it takes numbers instead of predictions and targets.
+        ValueError: a metric joins those of tasks with those of samples.
+    """
+    if not isinstance(metrics, MetricCollection):
+        raise TypeError(
+            f"configure_metrics must return a MetricCollection; found {type(metrics).__name__}. Put the metrics into "
+            "MetricCollection({name: metric})."
+        )
+    found = dict(metrics.items(keep_base=True, copy_state=False))
+    wrapped = {
+        name: metric if _takes_tasks(name, metric) else EpisodicMetric(metric, ignore_index=ignore_index)
+        for name, metric in found.items()
+    }
+    if all(wrapped[name] is metric for name, metric in found.items()):
+        return metrics
+    return MetricCollection({**wrapped}, prefix=metrics.prefix, postfix=metrics.postfix)
+
+
+def _takes_tasks(name: str, metric: Metric) -> bool:
+    """Whether a metric, or else what it is computed from, takes whole batches of tasks."""
+    kinds = _kinds(metric)
+    if len(kinds) > 1:
+        raise ValueError(
+            f"a metric must be computed either from episodic metrics or from others; found both in {name!r}. Wrap the "
+            "others in EpisodicMetric."
+        )
+    return kinds == {"tasks"}
+
+
+def _kinds(module: nn.Module) -> set[str]:
+    """What the metrics that a metric is computed from take: batches of "tasks", or the "samples" of one."""
+    if isinstance(module, TaskMean):
+        return {"tasks"}
+    inner = set[str]().union(*map(_kinds, module.children()))
+    return inner or ({"samples"} if isinstance(module, Metric) else set())
 
 
 class LoaderMetrics(nn.Module):
@@ -224,15 +331,18 @@ class LoaderMetrics(nn.Module):
 
     Args:
         stage: the first part of all names, ``<stage>/<name>``.
-        metrics: of the predictions; copied.
+        metrics: of the predictions; copied, see :func:`episodic`.
+        ignore_index: a class index that is left out of metrics of torchmetrics.
     """
 
-    def __init__(self, stage: str, metrics: MetricCollection) -> None:
+    def __init__(self, stage: str, metrics: MetricCollection, ignore_index: int | None = None) -> None:
         super().__init__()
         self.stage = stage
         self.loss, self.inner_residual = TaskMean(), TaskMean()
-        self.before = metrics.clone(prefix=f"{stage}/", postfix="_before")
-        self.after = metrics.clone(prefix=f"{stage}/")
+        metrics = episodic(metrics, ignore_index)
+        prefix, postfix = f"{stage}/{metrics.prefix or ''}", metrics.postfix or ""
+        self.before = metrics.clone(prefix=prefix, postfix=f"{postfix}_before")
+        self.after = metrics.clone(prefix=prefix)
 
     def update(self, loss: Tensor, inner_residual: Tensor) -> dict[str, Metric]:
         """Add tasks by the numbers ``[T]`` that each has, and give the metrics of these by name."""
@@ -273,6 +383,22 @@ def _each(function: Callable[[Any, Any], Tensor], outputs: Any, targets: Any) ->
     tasks = pytree.tree_leaves(targets)[0].shape[0]
     parts = ((pytree.tree_map(lambda x, k=k: x[k], tree) for tree in (outputs, targets)) for k in range(tasks))
     return torch.stack([function(*part) for part in parts])
+
+
+def _kept(targets: Tensor, ignore_index: int | None) -> Tensor:
+    """Where targets are classes, and not to be ignored."""
+    kept = targets >= 0
+    return kept if ignore_index is None else kept & (targets != ignore_index)
+
+
+def _on_kept(function: Callable[[Any, Any], Tensor], ignore_index: int | None) -> Callable[[Any, Any], Tensor]:
+    """The function of one task's samples whose targets are kept; NaN where there is none."""
+
+    def of_task(outputs: Tensor, targets: Tensor) -> Tensor:
+        kept = _kept(targets, ignore_index)
+        return function(outputs[kept], targets[kept]) if kept.any() else outputs.new_tensor(torch.nan)
+
+    return of_task
 
 
 def _nan_where(outputs: Tensor, values: Tensor) -> Tensor:

@@ -24,7 +24,13 @@ from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import ConjugateGradient
 from lightning_imaml.losses import Loss
 from lightning_imaml.meta_gradients import Estimator, Implicit
-from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, LoaderMetrics, is_classification
+from lightning_imaml.metrics import (
+    EpisodicAccuracy,
+    EpisodicInterval95,
+    LoaderMetrics,
+    ignore_index_of,
+    is_classification,
+)
 from lightning_imaml.parameters.float32 import Float32Parameters
 from lightning_imaml.problems.network import FlatModel
 from lightning_imaml.regularizers import Proximal, Regularizer
@@ -229,13 +235,16 @@ class IMAMLModule(OuterStep):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
 
     def configure_metrics(self) -> MetricCollection:
-        """Metrics of the query predictions, updated with outputs ``[T, n, ...]`` and targets ``[T, n, ...]``.
+        """Metrics of the query predictions: those of :mod:`lightning_imaml.metrics`, and any of torchmetrics.
 
+        Each gives the mean over tasks of its value on each task, see :class:`~lightning_imaml.metrics.EpisodicMetric`.
         The default is the episodic accuracy and its interval; they are left out where targets are not class indices.
         Runs at the first batch of each dataloader of an evaluation, so that ``self.hparams`` holds the data module's
         ``ways`` and ``shots``, and ``self.backbone`` is there.
         """
-        return MetricCollection({"accuracy": EpisodicAccuracy(), "accuracy_interval95": EpisodicInterval95()})
+        ignored = ignore_index_of(self)
+        accuracy, interval = EpisodicAccuracy(ignore_index=ignored), EpisodicInterval95(ignore_index=ignored)
+        return MetricCollection({"accuracy": accuracy, "accuracy_interval95": interval})
 
     # The core with the module's settings
 
@@ -407,7 +416,8 @@ class IMAMLModule(OuterStep):
             # With bf16-true, new tensors are of bfloat16, which cannot count beyond 256.
             counting = torch.promote_types(torch.get_default_dtype(), torch.float32)
             with torch.inference_mode(False), default_dtype(counting):
-                self._metrics[stage, loader] = LoaderMetrics(stage, self.configure_metrics()).to(self.device)
+                metrics = LoaderMetrics(stage, self.configure_metrics(), ignore_index_of(self))
+                self._metrics[stage, loader] = metrics.to(self.device)
         return self._metrics[stage, loader]
 
 

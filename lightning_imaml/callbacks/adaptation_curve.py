@@ -16,7 +16,7 @@ from torchmetrics import MetricCollection
 from lightning_imaml import functional
 from lightning_imaml.diagnostics.interface import evaluation_solver, require_interface
 from lightning_imaml.episodes import Episode
-from lightning_imaml.metrics import EpisodicAccuracy, TaskMean, is_classification
+from lightning_imaml.metrics import TaskMean, accuracy_of_tasks, ignore_index_of, is_classification
 
 
 class AdaptationCurve(Callback):
@@ -110,7 +110,7 @@ class AdaptationCurve(Callback):
         if not is_classification(outputs, episode.query_targets):
             self._quantity = "loss"
             return losses
-        return EpisodicAccuracy().of_tasks(outputs, episode.query_targets)
+        return accuracy_of_tasks(outputs, episode.query_targets, ignore_index_of(module))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log, and write both files."""

@@ -18,7 +18,7 @@ from lightning_imaml.diagnostics.interface import require_interface
 from lightning_imaml.diagnostics.protocol import Protocol
 from lightning_imaml.episodes import Episode
 from lightning_imaml.functional import adapt, predict
-from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95
+from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, ignore_index_of
 
 # Without "backbone": configure_model may build it after the callbacks' setup.
 _NEEDED = ("eval_inner_solver", "solve_settings", "chunk_size")
@@ -116,6 +116,7 @@ class ResultsTable(Callback):
         for loader in self._loaders:
             loader.accuracy.to(pl_module.device)
             loader.interval.to(pl_module.device)
+            loader.accuracy.ignore_index = loader.interval.ignore_index = ignore_index_of(pl_module)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0

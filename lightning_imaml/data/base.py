@@ -12,8 +12,8 @@ from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_imaml.data.batching import EndlessSampler, EpisodeDataset, EvaluationBatches, TrainingBatches
 from lightning_imaml.data.sampling import SPLITS, Range, TaskSource, random_of
+from lightning_imaml.data.sampling.batching import EndlessSampler, EpisodeDataset, EvaluationBatches, TrainingBatches
 from lightning_imaml.episodes import Episode
 
 # The module is named apart so that the command line takes one by its class path, such as torchvision's transforms.
@@ -82,7 +82,7 @@ class TaskDataModule(LightningDataModule):
         require_whole("seed", seed, 0)
         require_whole("num_workers", num_workers, 0)
         # Datasets and functions are code, and no hyper-parameters of a checkpoint.
-        self.save_hyperparameters(ignore=[*SPLITS, "transform", "train_transform", "class_transforms"])
+        self.save_hyperparameters(ignore=[*SPLITS, "transform", "train_transform", "class_transforms", "collate"])
         self.transform, self.train_transform = transform, train_transform
         if transform is not None or train_transform is not None:
             # Only where it has something to do: Lightning would prefer it to the same hook of a person's own module.

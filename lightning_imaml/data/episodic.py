@@ -13,16 +13,17 @@ from torch.utils.data import Dataset
 
 from lightning_imaml.components.checks import require_choice
 from lightning_imaml.data.base import TaskDataModule, Transform, require_range, split_setting
-from lightning_imaml.data.episode_list import ListedTasks, read_episodes, write_episodes
+from lightning_imaml.data.items import Collate, Key
 from lightning_imaml.data.labelled import ROTATIONS, ClassPool, shuffle_classes
 from lightning_imaml.data.sampling import SPLITS, DrawnTasks, ImageTasks, Range, ShapeSource, bounds
+from lightning_imaml.data.sampling.episode_list import ListedTasks, read_episodes, write_episodes
 
 _SHARES = (0.64, 0.16, 0.20)  # of the classes: those of mini-ImageNet and CIFAR-FS
 _SHOWN = 5  # how many of the offending classes an error names
 
 
 class EpisodicDataModule(TaskDataModule):
-    """Draws few-shot classification tasks from map-style datasets of ``(input, label)`` pairs.
+    """Draws few-shot classification tasks from map-style datasets of ``(input, label)`` pairs, or of dicts by key.
 
     A task has N classes ("ways"), K support images ("shots") and Q query images of each. Every task is a function of
     the seed, the split and its number alone, whatever the number of loader workers or processes. Training draws fresh
@@ -72,6 +73,12 @@ class EpisodicDataModule(TaskDataModule):
             ``{"mirrored": torchvision.transforms.v2.functional.hflip}`` adds a class ``<class>/mirrored`` for each.
             They take samples ``[n, ...]``, keep their shape and draw no random numbers; :class:`Affine` is one.
         in_memory: whether to read all images of the given datasets once, and keep them as bytes.
+        input_key: which part of an item is the input, where items are no pairs: the key of a dict, the place in a tuple
+            (its first part, unless said), or several of these, which give a dict or a tuple of inputs.
+        target_key: likewise the label.
+        collate: makes a batch ``[n, ...]`` of the inputs of n items where they cannot be stacked as they are, such as
+            ``functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)`` of sequences. It is called with the
+            inputs of a whole batch of tasks. None for PyTorch's ``default_collate``.
         transform: applied to the inputs of every batch, on the device, see :class:`TaskDataModule`.
         train_transform: likewise, in training only and before ``transform``: random augmentation.
         seed: the seed of the episodes.
@@ -108,6 +115,9 @@ class EpisodicDataModule(TaskDataModule):
         rotations: bool = False,
         class_transforms: Mapping[str, Transform] | None = None,
         in_memory: bool = False,
+        input_key: Key | Sequence[Key] | None = None,
+        target_key: Key | None = None,
+        collate: Collate | None = None,
         transform: Transform | None = None,
         train_transform: Transform | None = None,
         seed: int = 0,
@@ -152,7 +162,19 @@ class EpisodicDataModule(TaskDataModule):
                 f"class_transforms must have other names than the rotations {sorted(ROTATIONS)}; found {twice}. "
                 "Rename them, or set rotations=False."
             )
-        self._datasets = (train, val, test)
+        given: dict[str, Any] = {"input_key": input_key, "target_key": target_key, "collate": collate}
+        named = [name for name, value in given.items() if value is not None]
+        if named and train is val is test is None:
+            raise ValueError(
+                f"{named[0]} must come with a dataset that is passed; found none for {type(self).__name__}. Leave it "
+                "out, or pass the dataset to EpisodicDataModule."
+            )
+        if collate is not None and in_memory:
+            raise ValueError(
+                "collate must be left out with in_memory=True, which keeps images of one size; found both. Set "
+                "in_memory=False."
+            )
+        self._datasets, self._items = (train, val, test), given
         self._pools: dict[str, ClassPool] = {}
         self._lists: dict[str, ListedTasks] = {}
 
@@ -168,7 +190,7 @@ class EpisodicDataModule(TaskDataModule):
                 "train, val or test must be a dataset of (input, label) pairs; found None for all three. "
                 "Pass at least one, or use a data module that brings its own, such as GlyphDataModule."
             )
-        pools = {name: self._usable(name, ClassPool.of(data)) for name, data in given.items()}
+        pools = {name: self._usable(name, ClassPool.of(data, **self._items)) for name, data in given.items()}
         _require_disjoint(pools)  # In memory, it cannot be seen any more that two are subsets of one dataset.
         if self.hparams["in_memory"]:
             pools = {name: pool.in_memory() for name, pool in pools.items()}

@@ -13,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from torchvision.transforms.functional import pil_to_tensor
+
+from lightning_imaml.data.items import Collate, Key, KeyedItems, batch_of, first_of, label_of
 
 
 class LabelledTensors(TensorDataset):
@@ -127,12 +129,27 @@ class ClassPool:
     named: bool
 
     @classmethod
-    def of(cls, source: Dataset[Any]) -> ClassPool:
+    def of(
+        cls,
+        source: Dataset[Any],
+        input_key: Key | Sequence[Key] | None = None,
+        target_key: Key | None = None,
+        collate: Collate | None = None,
+    ) -> ClassPool:
         """Group the items of a dataset by class, in the order of first appearance.
 
-        Classes go by their names where the dataset has them (``classes``, as torchvision's datasets do).
+        Classes go by their names where the dataset has them: ``classes``, as torchvision's datasets do, or the
+        ``ClassLabel`` of a Hugging Face dataset.
+
+        Args:
+            source: a map-style dataset; without keys, of ``(input, label)`` pairs.
+            input_key: the input's part of an item, or several; see :class:`EpisodicDataModule`.
+            target_key: the label's part of an item.
+            collate: makes a batch of inputs.
         """
-        labels = named_labels(source)
+        labels = named_labels(source, target_key)
+        if (input_key, target_key, collate) != (None, None, None):
+            source = KeyedItems(source, labels, input_key, collate)
         groups: dict[Hashable, list[int]] = {}
         for index, label in enumerate(labels):
             groups.setdefault(label, []).append(index)
@@ -191,44 +208,51 @@ class ClassPool:
 
 def _whole(source: Any) -> Any:
     """The dataset that a subset is of: labels that are numbers mean the same in all its subsets."""
-    while isinstance(source, Subset):
-        source = source.dataset
+    while isinstance(source, Subset | KeyedItems):
+        source = source.dataset if isinstance(source, Subset) else source.source
     return source
 
 
-def named_labels(source: Any) -> list[Any]:
+def named_labels(source: Any, target_key: Key | None = None) -> list[Any]:
     """The class of every item of a dataset, by name where the dataset has names.
 
     The parts of a ``ConcatDataset`` each have their own names for the same numbers.
     """
     if isinstance(source, ConcatDataset):
-        return [label for part in source.datasets for label in named_labels(part)]
+        return [label for part in source.datasets for label in named_labels(part, target_key)]
     if isinstance(source, Subset):
-        inner = named_labels(source.dataset)
+        inner = named_labels(source.dataset, target_key)
         return [inner[index] for index in source.indices]
-    labels, names = read_labels(source), class_names(source)
+    labels, names = read_labels(source, target_key), class_names(source, target_key)
     if names and all(isinstance(label, int) and 0 <= label < len(names) for label in set(labels)):
         return [names[label] for label in labels]
     return labels
 
 
-def read_labels(source: Dataset[Any]) -> list[Any]:
+def read_labels(source: Dataset[Any], target_key: Key | None = None) -> list[Any]:
     """Find the label of every item of a dataset.
 
-    Looks for ``targets`` or ``labels``, as torchvision's datasets have them, or the second tensor of a
-    ``TensorDataset``; only without these is every item read, once.
+    Looks for the column ``target_key``, as Hugging Face's datasets have them; without a key for ``targets`` or
+    ``labels``, as torchvision's have them, or the second tensor of a ``TensorDataset``. Only without these is every
+    item read, once.
 
     Raises:
-        TypeError: the dataset has no length, or a label cannot be the key of a class.
+        TypeError: the dataset has no length, its items are no pairs, or a label cannot be the key of a class.
+        ValueError: an item has no part ``target_key``.
     """
+    if isinstance(source, Mapping):
+        raise TypeError(
+            f"a dataset of episodes must be one dataset; found {type(source).__name__} with the keys {list(source)}. "
+            "Pass one of its datasets."
+        )
     if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
         raise TypeError(
             f"a dataset of episodes must be map-style, with __len__ and __getitem__; found {type(source).__name__}. "
             "Read an iterable dataset into a list of (input, label) pairs first."
         )
-    found = _stored_labels(source)
+    found = _stored_labels(source, target_key)
     if found is None:
-        found = [source[index][1] for index in range(len(source))]
+        found = [label_of(source[index], target_key, source) for index in range(len(source))]
     listed = found.tolist() if isinstance(found, Tensor | np.ndarray) else found
     labels = [label.item() if isinstance(label, Tensor | np.generic) and label.ndim == 0 else label for label in listed]
     for label in labels:
@@ -240,10 +264,16 @@ def read_labels(source: Dataset[Any]) -> list[Any]:
     return labels
 
 
-def _stored_labels(source: Any) -> Any:
+def _stored_labels(source: Any, target_key: Key | None) -> Any:
     """The labels that a dataset holds beside its items, or None."""
     if isinstance(source, TensorDataset):
-        return source.tensors[1]
+        return label_of(source.tensors, target_key, source)
+    if target_key is not None:
+        if target_key not in (getattr(source, "column_names", None) or ()):
+            return None
+        # Without the transforms of a Hugging Face dataset, which may want the other columns, too.
+        plain = source.with_format(None) if hasattr(source, "with_format") else source
+        return list(plain[target_key])
     for attribute in ("targets", "labels"):
         found = getattr(source, attribute, None)
         if isinstance(found, Tensor | np.ndarray | list | tuple) and len(found) == len(source):
@@ -251,9 +281,13 @@ def _stored_labels(source: Any) -> Any:
     return None
 
 
-def class_names(source: Any) -> list[str]:
+def class_names(source: Any, target_key: Key | None = None) -> list[str]:
     """The names of a dataset's classes, by label, or an empty list."""
     names = getattr(source, "classes", None)
+    if target_key is not None:
+        # Of a Hugging Face dataset's ClassLabel.
+        features = getattr(source, "features", None)
+        names = getattr(features.get(target_key), "names", None) if isinstance(features, Mapping) else None
     usable = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
     return list(names) if usable and len(set(names)) == len(names) else []  # type: ignore[arg-type]
 
@@ -269,21 +303,17 @@ def gather(source: Any, indices: Tensor) -> Any:
         A tensor ``[n, ...]``, or the dict, list or tuple of such tensors that the inputs are made of.
 
     Raises:
+        TypeError: the items have no first part.
         ValueError: the inputs cannot be stacked.
     """
     if isinstance(source, TensorDataset):
         return source[indices][0]
     if isinstance(source, TransformedImages):
         return source.fetch(indices)
-    inputs = [source[index][0] for index in indices.tolist()]
-    try:
-        return default_collate(inputs)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"the inputs of {type(source).__name__} must be tensors of one shape, or dicts, lists or tuples of such; "
-            f"they cannot be stacked ({error}). Give the dataset a transform with Resize and ToTensor; PIL images of "
-            "one size can also be kept as they are with in_memory=True."
-        ) from error
+    if isinstance(source, KeyedItems):
+        inputs = [source[index][0] for index in indices.tolist()]
+        return batch_of(inputs, source.collate, source.source)
+    return batch_of([first_of(source[index], source) for index in indices.tolist()], None, source)
 
 
 def _as_bytes(image: Any) -> Tensor:

@@ -20,7 +20,7 @@ from torch.optim.optimizer import Optimizer
 
 from lightning_imaml.components.checks import require_at_least_one, require_choice
 from lightning_imaml.functional import MetaGradient
-from lightning_imaml.metrics import is_classification
+from lightning_imaml.metrics import accuracy_of_tasks, ignore_index_of, is_classification
 from lightning_imaml.training.meta_steps import MetaSteps, begin_next_epoch, counting_callback
 from lightning_imaml.training.ranks import numbers_of_all_ranks, sum_over_ranks
 from lightning_imaml.training.resume import OuterState
@@ -70,28 +70,28 @@ def surrogate(result: MetaGradient, parameters: Mapping[str, Tensor]) -> Tensor:
     return result.loss.sum() / max(1, len(result.tasks)) + inner - inner.detach()
 
 
-def training_values(result: MetaGradient, targets: Any, before: Any) -> dict[str, Tensor]:
+def training_values(
+    result: MetaGradient, targets: Any, before: Any, ignore_index: int | None = None
+) -> dict[str, Tensor]:
     """What is logged of a meta-step: means over its tasks, by name.
 
     Args:
         result: the meta-gradient of the tasks that were good.
         targets: the query targets of all tasks of the batch.
         before: the unadapted network's outputs for them; None where they were not computed.
+        ignore_index: the class index that the accuracies leave out besides the negative ones.
     """
     values = {"train/outer_loss": result.loss.mean(), "train/inner_residual": result.adapted.residual.mean()}
     if isinstance(targets, Tensor) and is_classification(result.query_outputs, targets[result.tasks]):
-        values["train/accuracy"] = _accuracy(result.query_outputs, targets[result.tasks])
+        targets = targets[result.tasks]
+        values["train/accuracy"] = accuracy_of_tasks(result.query_outputs, targets, ignore_index).mean()
         if before is not None:
-            values["train/accuracy_before"] = _accuracy(before[result.tasks], targets[result.tasks])
+            values["train/accuracy_before"] = accuracy_of_tasks(before[result.tasks], targets, ignore_index).mean()
     if result.linear is not None:
         values["train/linear_residual"] = result.linear.residual.mean()
         values["train/linear_steps"] = result.linear.steps.float().mean()
         values["train/indefinite"] = result.linear.indefinite.float().mean()
     return values
-
-
-def _accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
-    return (outputs.argmax(dim=-1) == targets).float().mean()
 
 
 class OuterStep(OuterState):
@@ -251,7 +251,7 @@ class OuterStep(OuterState):
         Returns:
             The batch's mean outer loss, over all ranks; None if no task was left.
         """
-        values = training_values(result, targets, before)
+        values = training_values(result, targets, before, ignore_index_of(self))
         values = self.mean_over_ranks(values, len(result.tasks), counts)
         means, tasks = self.means_of_meta_step(values, sum(counts), due)
         bar = ("train/outer_loss", "train/accuracy")

@@ -357,7 +357,7 @@ class Ragged(Dataset):
         return self.kind(index), self.targets[index]
 
 
-@pytest.mark.parametrize("kind", [lambda index: torch.zeros(3, 8 + index), lambda _: Image.new("L", (8, 8))])
+@pytest.mark.parametrize("kind", [lambda index: torch.zeros(3, 8, 8 + index), lambda _: Image.new("L", (8, 8))])
 def test_inputs_that_cannot_be_stacked(kind):
     data = module(Ragged(kind), ways=2, queries=2, class_split=(1, 0, 0))
     with pytest.raises(ValueError, match=r"the inputs of Ragged must be tensors of one shape, .* Resize and ToTensor"):

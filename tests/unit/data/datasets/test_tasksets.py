@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_imaml import IMAMLModule
 from lightning_imaml.data import TasksetDataModule
-from lightning_imaml.data.tasksets import TasksetTasks
+from lightning_imaml.data.datasets.tasksets import TasksetTasks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Of its old dependencies.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torchvision.datasets import CIFAR100
 
-from lightning_imaml.data.class_splits import require_same_classes, shipped_split
+from lightning_imaml.data.datasets.class_splits import require_same_classes, shipped_split
 from lightning_imaml.data.episodic import EpisodicDataModule
 from lightning_imaml.data.labelled import ClassPool, LabelledTensors
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_imaml.data.cache import cached_arrays, default_cache_dir
+from lightning_imaml.data.images.cache import cached_arrays, default_cache_dir
 
 
 class Builder:

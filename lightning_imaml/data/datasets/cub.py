@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_imaml.data.class_splits import ClassSplit, shipped_split
-from lightning_imaml.data.folder import ImageFolderDataModule, classes_in
+from lightning_imaml.data.datasets.class_splits import ClassSplit, shipped_split
+from lightning_imaml.data.datasets.folder import ImageFolderDataModule, classes_in
 from lightning_imaml.data.images import Classes
 
 

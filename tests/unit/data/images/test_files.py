@@ -13,8 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_imaml.data import images
-from lightning_imaml.data.images import Decoding, ImageFile, LazyImages, find_classes, load_images
+from lightning_imaml.data.images import Decoding, ImageFile, LazyImages, decoding, find_classes, load_images
 
 COLOUR = Decoding(8, channels=3)
 
@@ -189,7 +188,7 @@ def test_names_that_are_not_unicode(tree, tmp_path):
 
 def test_the_cache_follows_the_files(tree, tmp_path, monkeypatch):
     first = load(find_classes(tree), tmp_path)
-    monkeypatch.setattr(images, "_read_all", None)
+    monkeypatch.setattr(decoding, "_read_all", None)
     again = load(find_classes(tree), tmp_path)  # not read
     assert torch.equal(again.source.tensors[0], first.source.tensors[0])
     monkeypatch.undo()

@@ -11,7 +11,8 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from lightning_imaml.data import OmniglotDataModule, images, omniglot
+from lightning_imaml.data import OmniglotDataModule, omniglot
+from lightning_imaml.data.images import decoding
 from lightning_imaml.data.labelled import gather
 
 REAL = ROOT.parent / "shared" / "data" / "omniglot"
@@ -112,7 +113,7 @@ def test_read_once(tree, tmp_path, monkeypatch):
     def never(*arguments):
         raise AssertionError("read again")
 
-    monkeypatch.setattr(images, "_read_all", never)
+    monkeypatch.setattr(decoding, "_read_all", never)
     module(tmp_path, seed=3).setup()
 
 

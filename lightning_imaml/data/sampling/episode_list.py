@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_imaml.data.labelled import ClassPool
-from lightning_imaml.data.sampling import ImageTasks, Shape
+from lightning_imaml.data.sampling.tasks import ImageTasks, Shape
 
 FORMAT = "few-shot episodes 1"
 

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lightning_imaml.data import EpisodicDataModule
-from lightning_imaml.data.batching import EvaluationBatches
 from lightning_imaml.data.sampling import Shape, ShapeSource
+from lightning_imaml.data.sampling.batching import EvaluationBatches
 
 RANGES = {"ways": (2, 4), "shots": (1, 3), "queries": (2, 3)}
 

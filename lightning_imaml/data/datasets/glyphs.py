@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from lightning_imaml.data.cache import Arrays, cached_arrays, default_cache_dir
 from lightning_imaml.data.episodic import EpisodicDataModule
+from lightning_imaml.data.images.cache import Arrays, cached_arrays, default_cache_dir
 from lightning_imaml.data.labelled import ClassPool, LabelledTensors
 from lightning_imaml.data.sampling import Range
 

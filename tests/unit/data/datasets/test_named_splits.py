@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lightning_imaml.data import CUBDataModule, TieredImageNetDataModule
-from lightning_imaml.data.class_splits import shipped_split
+from lightning_imaml.data.datasets.class_splits import shipped_split
 
 COUNTS = {
     "tiered_imagenet": (351, 97, 160),
@@ -40,7 +40,7 @@ def test_splits_are_disjoint_and_of_the_papers_sizes(name):
 
 def test_no_category_of_tiered_imagenet_is_in_two_splits():
     """What the split is made for: 34 categories, 20 to train, 6 to validate and 8 to test."""
-    text = (files("lightning_imaml.data") / "splits" / "tiered_imagenet.csv").read_text()
+    text = (files("lightning_imaml.data.datasets") / "splits" / "tiered_imagenet.csv").read_text()
     rows = list(csv.DictReader(line for line in text.splitlines() if not line.startswith("#")))
     categories = {part: {row["category"] for row in rows if row["split"] == part} for part in ("train", "val", "test")}
     assert [len(found) for found in categories.values()] == [20, 6, 8]

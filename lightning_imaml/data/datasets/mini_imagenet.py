@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_imaml.components.checks import require_choice
-from lightning_imaml.data.cache import default_cache_dir
-from lightning_imaml.data.class_splits import require_same_classes, shipped_split
+from lightning_imaml.data.datasets.class_splits import require_same_classes, shipped_split
 from lightning_imaml.data.episodic import EpisodicDataModule
 from lightning_imaml.data.images import (
     Classes,
@@ -22,6 +21,7 @@ from lightning_imaml.data.images import (
     image_names,
     load_images,
 )
+from lightning_imaml.data.images.cache import default_cache_dir
 from lightning_imaml.data.labelled import ClassPool
 from lightning_imaml.data.sampling import SPLITS
 

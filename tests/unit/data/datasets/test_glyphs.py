@@ -11,7 +11,7 @@ import torch
 from PIL import ImageFont
 
 from lightning_imaml.data import GlyphDataModule, glyphs
-from lightning_imaml.data.glyphs import MIN_FACES, load_glyphs
+from lightning_imaml.data.datasets.glyphs import MIN_FACES, load_glyphs
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch.utils.data import Dataset, DistributedSampler
 
-from lightning_imaml.data.sampling import Shape, TaskSource
+from lightning_imaml.data.sampling.tasks import Shape, TaskSource
 from lightning_imaml.episodes import Episode
 
 Batch = tuple[Sequence[int], Shape]

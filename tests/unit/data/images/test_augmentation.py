@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as images_one_by_one
 
 from lightning_imaml.data import Affine, RandomAffine, augmentation
-from lightning_imaml.data.augmentation import affine
+from lightning_imaml.data.images.augmentation import affine
 
 EVERYTHING = {"degrees": 20.0, "translate": (0.1, 0.2), "scale": (0.7, 1.3), "shear": 15.0}
 

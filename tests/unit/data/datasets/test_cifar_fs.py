@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_imaml.data import CifarFSDataModule, cifar_fs
-from lightning_imaml.data.class_splits import shipped_split
+from lightning_imaml.data.datasets.class_splits import shipped_split
 
 # The 20 superclasses of CIFAR-100 (Krizhevsky, 2009), which its 100 classes are told by.
 SUPERCLASSES = """

@@ -15,7 +15,7 @@ ClassSplit = dict[str, list[str]]
 
 def shipped_split(name: str) -> ClassSplit:
     """A split of the literature, from a file of this package that names its source."""
-    resource = files("lightning_imaml.data") / "splits" / f"{name}.csv"
+    resource = files("lightning_imaml.data.datasets") / "splits" / f"{name}.csv"
     return parse_split(resource.read_text(encoding="utf-8"), str(resource))
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from torchvision.datasets import Omniglot
 
 from lightning_imaml.components.checks import require_choice
-from lightning_imaml.data.cache import default_cache_dir
 from lightning_imaml.data.episodic import EpisodicDataModule
 from lightning_imaml.data.images import Classes, Decoding, OnBroken, find_classes, find_place, load_images
+from lightning_imaml.data.images.cache import default_cache_dir
 from lightning_imaml.data.labelled import ClassPool, shuffle_classes
 
 PARTS = ("images_background", "images_evaluation")

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning_imaml.data.class_splits import ClassSplit, shipped_split
-from lightning_imaml.data.folder import ImageFolderDataModule, classes_in
+from lightning_imaml.data.datasets.class_splits import ClassSplit, shipped_split
+from lightning_imaml.data.datasets.folder import ImageFolderDataModule, classes_in
 from lightning_imaml.data.images import Classes, find_place
 from lightning_imaml.data.sampling import SPLITS
 

@@ -1,4 +1,4 @@
-"""Image files in folders and zip archives, by class: found, decoded and kept in memory."""
+"""Image files decoded to arrays of one size: all at once, kept in a cache, or when they are drawn."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import zipfile
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,34 +22,30 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_imaml.data.cache import Arrays, cached_arrays
+from lightning_imaml.data.images.cache import Arrays, cached_arrays
+from lightning_imaml.data.images.files import ImageFile, ImageReader, open_archive
 from lightning_imaml.data.labelled import ClassPool, LabelledTensors
 
 OnBroken = Literal["raise", "skip"]
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 # zipfile raises a RuntimeError for a file that is encrypted or packed in a way that it does not know.
 _BROKEN = (OSError, SyntaxError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
-_VERSION = 1  # of the decoding: change it together with what decides the pixels, so that old caches are not used
+_VERSION = 2  # of the decoding: change it together with what decides the pixels, so that old caches are not used
 _SHOWN = 5
-
-
-class ImageFile(NamedTuple):
-    """A file in a folder or in a zip archive: the place, and the file's path inside it with forward slashes."""
-
-    place: Path
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.place}/{self.name}"
-
-
-Classes = dict[str, list[ImageFile]]
-"""The image files of each class, both in order."""
+_ORIENTATION = 0x0112  # the tag of EXIF 2.32, section 4.6.4
+_UPRIGHT: Mapping[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a file becomes an array ``[C, size, size]``.
+    """How a file becomes an array ``[C, size, size]``, turned upright as its EXIF orientation says.
 
     Attributes:
         size: pixels, the side of the picture.
@@ -67,114 +63,25 @@ class Decoding:
             image: Image.Image = opened
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"it has {image.mode} pixels, which are not 8 bits; convert it")
+            image = _upright(image)
             if "transparency" in image.info:
                 image = image.convert("RGBA")
             image = image.convert("L" if self.channels == 1 else "RGB")
             if image.size != (self.size, self.size):
                 size, filter = (self.size, self.size), Image.Resampling.LANCZOS
                 image = ImageOps.fit(image, size, filter) if self.crop else image.resize(size, filter)
-            array = np.asarray(image, dtype=np.uint8)
+            array = np.array(image, dtype=np.uint8)  # A copy, since Pillow's own memory is read-only.
         return np.ascontiguousarray(array[None] if self.channels == 1 else array.transpose(2, 0, 1))
 
 
-def find_place(root: Path, name: str) -> Path | None:
-    """The folder ``name`` or else the archive ``name.zip`` in ``root``, or None."""
-    if (root / name).is_dir():
-        return root / name
-    archive = root / f"{name}.zip"
-    return archive if archive.is_file() else None
-
-
-def find_classes(place: Path, depth: int = 1, prefix: str = "") -> Classes:
-    """Find the image files of a folder or zip archive by class.
-
-    Args:
-        place: the folder or archive.
-        depth: how many folders make up the name of a class; deeper ones do not matter.
-        prefix: look in this folder of the archive only.
-
-    Returns:
-        The classes, sorted; those of empty folders have no files.
-    """
-    classes: Classes = {}
-    for name in sorted(_names(place)):
-        if not name.startswith(prefix):
-            continue
-        parts = name.removeprefix(prefix).split("/")
-        if len(parts) <= depth or any(part.startswith((".", "__MACOSX")) for part in parts):
-            continue
-        files = classes.setdefault("/".join(parts[:depth]), [])
-        if name.lower().endswith(ENDINGS):
-            files.append(ImageFile(place, name))
-    return dict(sorted(classes.items()))
-
-
-def image_names(place: Path) -> list[str]:
-    """The paths of the image files in a folder or archive."""
-    return [name for name in _names(place) if name.lower().endswith(ENDINGS) and not name.startswith("__MACOSX")]
-
-
-def _names(place: Path) -> list[str]:
-    """All paths in a folder or archive, those of folders with a slash at the end."""
-    if place.is_dir():
-        found = []
-        for folder, folders, files in os.walk(place, followlinks=True, onerror=_raise):
-            # A link to a folder that it lies in would show the same images again and again.
-            folders[:] = [name for name in folders if not _leads_back(Path(folder, name))]
-            inside = Path(folder).relative_to(place).as_posix()
-            inside = "" if inside == "." else f"{inside}/"
-            found += [inside, *(inside + file for file in files)]
-        return found
-    with open_archive(place) as archive:
-        return list(dict.fromkeys(archive.namelist()))  # an archive may hold a file twice
-
-
-def _raise(error: OSError) -> None:
-    """Stop at a folder that cannot be read, which ``os.walk`` would leave out in silence."""
-    raise error
-
-
-def _leads_back(folder: Path) -> bool:
-    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
-
-
-def open_archive(place: Path) -> zipfile.ZipFile:
-    """Open a zip archive.
-
-    Raises:
-        ValueError: it is none, or not a whole one.
-    """
-    try:
-        return zipfile.ZipFile(place)
-    except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"an archive must be a whole .zip file; {str(place)!r} is not ({error}). Fetch it anew, or remove it."
-        ) from error
-
-
-class ImageReader:
-    """Reads files; archives stay open until the end of the ``with`` block."""
-
-    def __init__(self) -> None:
-        self.stack = ExitStack()
-        self.archives: dict[Path, zipfile.ZipFile] = {}
-
-    def __enter__(self) -> ImageReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
-
-    def open(self, files: Sequence[ImageFile]) -> None:
-        """Open the archives that these files are in."""
-        for place in {file.place for file in files}:
-            if not place.is_dir():
-                self.archives[place] = self.stack.enter_context(open_archive(place))
-
-    def read(self, file: ImageFile) -> bytes:
-        """The content of a file."""
-        archive = self.archives.get(file.place)
-        return (file.place / file.name).read_bytes() if archive is None else archive.read(file.name)
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says, as Pillow's ``exif_transpose`` does."""
+    image.load()  # first, since Pillow turns a TIFF by itself then
+    # The pixels may be whole where what a camera wrote beside them is not: Pillow raises many errors for that.
+    with suppress(Exception):
+        method = _UPRIGHT.get(image.getexif().get(_ORIENTATION))
+        return image if method is None else image.transpose(method)
+    return image
 
 
 def read_image(reader: ImageReader, file: ImageFile, decode: Decoding) -> NDArray[np.uint8]:

@@ -14,8 +14,8 @@ from conftest import ROOT
 from PIL import Image
 
 from lightning_imaml.data import MiniImageNetDataModule, mini_imagenet
-from lightning_imaml.data.class_splits import shipped_split
-from lightning_imaml.data.mini_imagenet import find_split
+from lightning_imaml.data.datasets.class_splits import shipped_split
+from lightning_imaml.data.datasets.mini_imagenet import find_split
 
 REAL = ROOT.parent / "shared" / "data" / "mini-imagenet"
 needs_data = pytest.mark.skipif(not REAL.is_dir(), reason="mini-ImageNet is not in ../shared/data/mini-imagenet")
