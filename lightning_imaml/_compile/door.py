@@ -4,8 +4,8 @@ A function is first recorded as one flat graph of tensor operations, derivatives
 (``torch.fx.experimental.proxy_tensor.make_fx``), and the graph is compiled. So whatever can be differentiated can be
 compiled, ``vmap`` and repeated differentiation too, and the code that runs without a compiler stays the only source.
 
-Not by ``torch.compile``: Dynamo has nothing left to do on a graph, and around each call it takes any Python code for a
-part of it, also the handler of a signal that comes in just then, which would end with an error before it has saved.
+We call Inductor directly, and not by ``torch.compile``. Dynamo would also trace a signal handler that fires during the
+call, and the run would crash before it saved a checkpoint (still so in PyTorch 2.14.1).
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _compile(
     function: Callable[..., Any], batch: Tasks, known: _Known, arguments: tuple[Tensor, ...], kind: Callable[..., Any]
 ) -> Callable[..., Any]:
     results: list[pytree.TreeSpec] = []
-    # Copies: arguments that are one tensor here, as two states of a solver may be at its start, later are not.
+    # Clone: two solver states may share one tensor in the first call only.
     example = [*known.leaves, *(argument.clone() for argument in arguments)]
 
     def flat(*tensors: Tensor) -> list[Tensor]:
