@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_imaml.components.base import Component
 from lightning_imaml.components.checks import require
-from lightning_imaml.components.stopping import all_done, require_check_every
-from lightning_imaml.parameters.positive import Bounds, Granularity, Positive, Value, check, place
+from lightning_imaml.components.stopping import all_done
+from lightning_imaml.parameters.positive import Bounds, Granularity, Positive, Value, place, require_positive
 from lightning_imaml.parameters.rows import Rows
 from lightning_imaml.problems.base import Minimization
 
@@ -47,7 +47,7 @@ class InnerSolver(Component, ABC):
     def __post_init__(self) -> None:
         require(self.steps >= 1, self, "steps", "at least 1", self.steps, "The paper takes 16 for 5-way Omniglot.")
         require(self.tol >= 0, self, "tol", "zero or positive", self.tol, "Use 0 to take all steps.")
-        require_check_every(self, self.check_every)
+        require(self.check_every >= 1, self, "check_every", "at least 1", self.check_every, "Use 1 for every step.")
 
     def rates(self, model: Rows) -> dict[str, Tensor]:
         """The learned step sizes at the start, by names without dots; empty where nothing is learned."""
@@ -132,7 +132,7 @@ class StepSizes(SteppingSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, "lr", self.lr, self.learned, self.per, self.bounds, "0.1 is a usual start.")
+        require_positive(self, "lr", self.lr, self.learned, self.per, self.bounds, "0.1 is a usual start.")
 
     # Not a dataclass's own, for which the order of patterns would not count: compiled code of one order would run for
     # another. Nor has a dict a hash.

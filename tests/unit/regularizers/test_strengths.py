@@ -258,8 +258,10 @@ def test_bounds_are_kept_and_never_stop_the_gradient(net):
          r"found \['out.\*'\], whose names earlier patterns take. Put the narrower"),
         (lambda: run(nn.Linear(50, 50).double(), None, FullProximal()), "at most 2048, since its .* found 2550"),
         (lambda: run(nn.Linear(2049, 2).double(), None, KroneckerProximal()), "columns of .* must be at most 2048"),
-        (lambda: KroneckerProximal().multiply(torch.ones(1, 2), {}), "the network must be known"),
-        (lambda: Proximal({"*": 1.0}).multiply(torch.ones(1, 2), {}), "must be one number where the network is not"),
+        (lambda: KroneckerProximal().multiply(torch.ones(1, 2), {}),
+         r"KroneckerProximal: the layout must be known, .*; found rows alone. Use for_layout\(layout\)"),
+        (lambda: Proximal({"*": 1.0}).multiply(torch.ones(1, 2), {}),
+         r"must be one number without a layout; found \{'\*': 1.0\}, per None. Call for_layout"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_explained(make, words):
