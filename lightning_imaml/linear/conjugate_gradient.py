@@ -73,10 +73,8 @@ class ConjugateGradient(LinearSolver):
         probes = self.jacobi_probes
         require(probes >= 0, self, "jacobi_probes", "zero or positive", probes, "Use 0 for no preconditioner.")
         require(self.check_every >= 1, self, "check_every", "at least 1", self.check_every, "Use 1 for every step.")
-        found = self.preconditioner
-        require(
-            found in (None, "regularizer"), self, "preconditioner", "'regularizer' or None", found, "None does not."
-        )
+        found, remedy = self.preconditioner, "Leave it out, or use jacobi_probes."
+        require(found in (None, "regularizer"), self, "preconditioner", "'regularizer' or None", found, remedy)
         remedy = "Leave one of them out."
         require(not (found and probes), self, "preconditioner", "None with jacobi_probes", found, remedy)
 

@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from lightning_imaml.components.checks import require
+
 
 def matches(name: str, patterns: Collection[str]) -> bool:
     """Whether a name matches a pattern: ``*`` and ``?`` work as in a shell, but brackets stand for themselves."""
@@ -16,11 +18,8 @@ def matches(name: str, patterns: Collection[str]) -> bool:
 def require_matches(patterns: Collection[str], names: Sequence[str], argument: str) -> None:
     """Raise a ValueError that lists the names if a pattern matches none of them."""
     unknown = [pattern for pattern in patterns if not any(matches(name, [pattern]) for name in names)]
-    if unknown:
-        raise ValueError(
-            f"{argument} must hold patterns of parameter names; found {unknown}, which match none. The names are "
-            f"{list(names)}: '*' stands for any part of them."
-        )
+    remedy = f"The names are {list(names)}; '*' stands for any part of one."
+    require(not unknown, None, argument, "patterns that match parameter names", unknown, remedy)
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:

@@ -147,11 +147,8 @@ def place(
             "the last pattern for all others."
         )
     unused = [pattern for pattern in patterns if pattern not in found]
-    if unused:
-        raise ValueError(
-            f"every pattern of {name} must be the first to match some parameter; found {unused}, whose names earlier "
-            f"patterns take. Put the narrower patterns first; the names are {list(layout.names)}."
-        )
+    remedy = f"Put the narrower patterns first; the names are {list(layout.names)}."
+    require(not unused, None, f"every pattern of {name}", "the first to match some parameter", unused, remedy)
     keys = [
         (pattern, own.rpartition(".")[0]) if per == "layer" else (pattern, "")
         for own, pattern in zip(layout.names, found, strict=True)
