@@ -103,7 +103,7 @@ BAD_INPUT = {
             inner_solver=GradientDescent(0.1, 2, learned=True),
             rates={"lr": torch.ones(())},
         ),
-        r"rates must be tensors .* that GradientDescent learns, \{'log_lr': \[\]\}; found \{'lr': \[\]\}. Take .* rates",
+        r"rates must be tensors .* that GradientDescent learns, \{'log_lr': \[\]\}; found \{'lr': \[\]\}. Take .*rates",
     ),
 }
 
