@@ -1,4 +1,4 @@
-"""``python -m lightning_imaml`` is ``lightning-imaml``."""
+"""Run ``lightning-imaml`` as ``python -m lightning_imaml``."""
 
 from lightning_imaml.cli import main
 

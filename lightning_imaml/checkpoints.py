@@ -1,4 +1,4 @@
-"""Checkpoints that a full disk or a crash cannot tear, and weights to publish."""
+"""Write checkpoints that stay whole when the disk is full or the process is killed, and export weights to publish."""
 
 from __future__ import annotations
 
@@ -15,27 +15,33 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 _PART = re.compile(r"\..+\.[0-9a-f]{32}\.part")
 _STALE_SECONDS = 3600.0
-# What Trainer.test and load_from_checkpoint need.
-_OF_MODULE = ("epoch", "global_step", "pytorch-lightning_version", "state_dict", "hparams_name", "hyper_parameters")
+# Trainer.test and load_from_checkpoint need these entries.
+_MODULE_ENTRIES = (
+    "epoch",
+    "global_step",
+    "pytorch-lightning_version",
+    "state_dict",
+    "hparams_name",
+    "hyper_parameters",
+)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write a checkpoint beside its place, and move it there once it is whole and on the disk.
+    """Write a checkpoint to a file beside its target, and rename that file once it is whole and on the disk.
 
-    ``Trainer(plugins=[AtomicCheckpointIO()])``. Lightning's own writes to the folder for temporary files, which may be
-    on another file system: the move is a copy then, and a full disk tears the file that it overwrites, such as
-    ``last.ckpt``. What a process that was killed had written so far is removed by the first save an hour later. The
-    command line uses this class by default. For files that the operating system sees; other addresses go to Lightning's
-    own.
+    Pass it as ``Trainer(plugins=[AtomicCheckpointIO()])``; the command line uses it by default. Lightning's own class
+    writes to the folder for temporary files, which may be on another file system. Its move is then a copy, and a full
+    disk destroys the file that it overwrites, such as ``last.ckpt``. If a process is killed while it writes, a save an
+    hour later or more removes the unfinished file. Addresses with ``://`` go to Lightning's own class.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Save, or leave everything as it was.
+        """Save the checkpoint, or leave the target as it was.
 
         Raises:
             OSError: the disk is full, or the folder cannot be written; the message names the file.
         """
-        if "://" in str(path) or storage_options is not None:  # Options are refused there, with the reason.
+        if "://" in str(path) or storage_options is not None:  # Lightning refuses storage options with a reason.
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
@@ -49,7 +55,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             part.replace(target)
             _sync_folder(target.parent)
-        except (OSError, RuntimeError) as error:  # torch.save wraps what the system says.
+        except (OSError, RuntimeError) as error:  # torch.save wraps errors of the system in a RuntimeError.
             raise OSError(
                 f"the folder of a checkpoint must have room for it; found that {target} cannot be written ({error}). "
                 "Earlier checkpoints are as they were: make room and resume from the last one."
@@ -61,9 +67,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def export_weights(checkpoint: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Write a small checkpoint to publish: a trained module's weights and settings, and nothing else.
 
-    ``lightning-imaml test --ckpt_path`` and ``load_from_checkpoint`` take it as they take the whole one; training does
-    not go on from it. Left out are the states of optimizer, schedulers, callbacks and loops, and the settings of the
-    data, which name folders of the machine. The file holds plain types only and loads with ``weights_only=True``.
+    ``lightning-imaml test --ckpt_path`` and ``load_from_checkpoint`` read it like the whole checkpoint, but training
+    cannot resume from it. It leaves out the states of optimizer, schedulers, callbacks and loops, and the settings of
+    the data, which name folders of the machine. The file holds plain types only and loads with ``weights_only=True``.
 
     Args:
         checkpoint: a checkpoint of the Trainer.
@@ -77,29 +83,29 @@ def export_weights(checkpoint: str | os.PathLike[str], target: str | os.PathLike
     if not isinstance(whole, dict) or "state_dict" not in whole:
         found = sorted(map(str, whole)) if isinstance(whole, dict) else type(whole).__name__
         raise ValueError(
-            f"checkpoint must be one of a Trainer, with a state_dict; found {found} in {str(checkpoint)!r}. Pass what "
-            "ModelCheckpoint or Trainer.save_checkpoint wrote."
+            f"checkpoint must be one of a Trainer, with a state_dict; found {found} in {str(checkpoint)!r}. Pass a "
+            "file of ModelCheckpoint or Trainer.save_checkpoint."
         )
-    kept = {name: whole[name] for name in _OF_MODULE if name in whole}
-    noted = {name: value for name, value in whole.get("lightning_imaml", {}).items() if name != "outer_step"}
-    AtomicCheckpointIO().save_checkpoint({**kept, "lightning_imaml": noted}, target)
+    kept = {name: whole[name] for name in _MODULE_ENTRIES if name in whole}
+    settings = {name: value for name, value in whole.get("lightning_imaml", {}).items() if name != "outer_step"}
+    AtomicCheckpointIO().save_checkpoint({**kept, "lightning_imaml": settings}, target)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring a renaming to the disk; without it, a power cut may bring the old name back."""
+    """Write a renaming to the disk; without this, a power cut may undo it."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # Some network file systems cannot, and need not.
+        with contextlib.suppress(OSError):  # Some network file systems cannot do this, and need not.
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def _remove_stale_parts(folder: Path) -> None:
-    """Remove what killed processes left; what another run writes at this moment is younger."""
+    """Remove unfinished files of killed processes; a file that another run is writing now is younger."""
     for path in folder.glob(".*.part"):
-        with contextlib.suppress(OSError):  # Another process was faster, or the file is not ours to remove.
+        with contextlib.suppress(OSError):  # Another process removed it, or owns it.
             if _PART.fullmatch(path.name) and time.time() - path.stat().st_mtime > _STALE_SECONDS:
                 path.unlink()

@@ -15,25 +15,25 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
 
-# Importing the families registers their members, so that configurations can name them without their module.
+# These imports register the classes, so that configurations can name them without their module.
 from lightning_imaml import callbacks, curvature, data, inner, linear, losses, meta_gradients, models, regularizers
 from lightning_imaml.module import IMAMLModule
 from lightning_imaml.runtime.memory import keep_freed_memory
 
 
 class Parser(LightningArgumentParser):
-    """LightningCLI's parser, whose errors end with the nearest valid name of what they do not know."""
+    """LightningCLI's parser, whose errors end with the valid name nearest to an unknown one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # An option that is cut short is a typing error, too; jsonargparse before 4.53 took it in subcommands.
+        # An abbreviated option is a typing error too; jsonargparse before 4.53 accepted it in subcommands.
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with the message and a proposal."""
+        """Exit with the message and a proposal."""
         super().error(message + self._proposal(message), ex)
 
     def _proposal(self, message: str) -> str:
-        # What was not accepted, and among which names it should have been: jsonargparse says both in words.
+        # The text of jsonargparse's message says which name is unknown, and where valid names are found.
         if found := re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message):
             unknown, valid = found[2], _parameters(_imported(found[1]))
         elif found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
@@ -44,11 +44,11 @@ class Parser(LightningArgumentParser):
             unknown, valid = found[1], self._options()
         else:
             return ""
-        nearest = difflib.get_close_matches(unknown, valid, n=1)  # None is better than one that has nothing of it.
+        nearest = difflib.get_close_matches(unknown, valid, n=1)  # It drops names that are not similar.
         return f"\nThe valid name nearest to {unknown!r} is {nearest[0]!r}." if nearest else ""
 
     def _options(self) -> list[str]:
-        """The names of all options, of the subcommands too."""
+        """The names of all options, including those of subcommands."""
         names = []
         for action in self._actions:
             names += [option.removeprefix("--") for option in action.option_strings]
@@ -60,20 +60,13 @@ class Parser(LightningArgumentParser):
 
 def _class_names() -> list[str]:
     """The classes that a configuration may name without their module."""
-    families = (
-        callbacks,
-        curvature,
-        data,
-        inner,
-        linear,
-        losses,
-        meta_gradients,
-        models,
-        regularizers,
-        lightning_callbacks,
-        loggers,
-    )
-    names = {name for family in families for name, value in vars(family).items() if inspect.isclass(value)}
+    own = (callbacks, curvature, data, inner, linear, losses, meta_gradients, models, regularizers)
+    names = {
+        name
+        for family in (*own, lightning_callbacks, loggers)
+        for name, value in vars(family).items()
+        if inspect.isclass(value)
+    }
     return sorted(names | {IMAMLModule.__name__})
 
 
@@ -83,7 +76,7 @@ def _imported(path: str) -> Any:
 
 
 def _parameters(called: Any) -> list[str]:
-    """The names that a function or a class takes; where it passes ``**options`` on, those of its base classes too."""
+    """The parameters of a function or a class; where it passes ``**options`` on, those of its base classes too."""
     names: list[str] = []
     for kind in called.__mro__ if inspect.isclass(called) else [called]:
         parameters = inspect.signature(kind).parameters.values()
@@ -93,20 +86,20 @@ def _parameters(called: Any) -> list[str]:
     return names
 
 
-# How to compute on this machine, not what: here the machine that the checkpoint comes from does not decide.
-_OF_THE_MACHINE = ("init_args.chunk_size", "init_args.compile")
+# These settings belong to the machine that computes, so the command line's values override the checkpoint's.
+_MACHINE_SETTINGS = ("init_args.chunk_size", "init_args.compile")
 
 
 class CommandLine(LightningCLI):
-    """LightningCLI, with a word on which of the module's settings win where a checkpoint has others."""
+    """LightningCLI, which warns when a checkpoint's settings of the module override given ones."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Keep what is given, too."""
+        """Parse the arguments, and keep them as they were given."""
         super().parse_arguments(parser, args)
         self._args = args
 
     def before_instantiate_classes(self) -> None:
-        """Let given settings of the machine win; warn of the module's other given settings, which lost."""
+        """Apply given settings of the machine; warn of other given settings, which the checkpoint overrides."""
         if self.subcommand is None or not self.config[self.subcommand].get("ckpt_path"):
             return
         if isinstance(self._args, dict | Namespace):
@@ -115,7 +108,7 @@ class CommandLine(LightningCLI):
             given = self.parser.parse_args(self._args, defaults=False)
         given, used = given[self.subcommand].get("model", {}), self.config[self.subcommand].model
         for name, value in given.items():
-            if name in _OF_THE_MACHINE and name in used:  # The checkpoint's class may not take it.
+            if name in _MACHINE_SETTINGS and name in used:  # The checkpoint's class may not take it.
                 used[name] = value
         lost = [
             f"{name}={value!r} (there {used.get(name)!r})" for name, value in given.items() if used.get(name) != value
@@ -130,21 +123,21 @@ class CommandLine(LightningCLI):
 def run(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
     """Run the command line in this process.
 
-    With ``--ckpt_path``, the checkpoint's own settings of the module win over the command line's, as in any
-    LightningCLI, but for the arguments ``chunk_size`` and ``compile``, which belong to the machine; a warning names
-    those that lost. Checkpoints are written by
-    :class:`~lightning_imaml.checkpoints.AtomicCheckpointIO`, unless ``--trainer.plugins`` names others. To keep what
-    ``predict`` returns, add a ``lightning.pytorch.callbacks.BasePredictionWriter``.
+    With ``--ckpt_path``, the checkpoint's settings of the module override the command line's, as in any LightningCLI,
+    and a warning names the overridden ones. ``chunk_size`` and ``compile`` belong to the machine, so the command line's
+    values apply. :class:`~lightning_imaml.checkpoints.AtomicCheckpointIO` writes checkpoints, unless
+    ``--trainer.plugins`` names other plugins. To keep what ``predict`` returns, add a
+    ``lightning.pytorch.callbacks.BasePredictionWriter``.
 
     Args:
-        args: arguments as on the command line; None takes the process's own.
+        args: the arguments of the command line; None takes those of the process.
 
     Returns:
         The LightningCLI, with its ``trainer``, ``model`` and ``datamodule``.
     """
-    # Episodes of memory-resident data need no workers; Lightning's advice to add some does not fit them.
+    # Episodes of data in memory need no workers, so Lightning's advice to add some does not apply.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Scripts pass their own options on in ``args``, and mean it.
+    # Scripts pass their own options in ``args`` on purpose.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended.*")
     return CommandLine(
         IMAMLModule,
@@ -154,7 +147,7 @@ def run(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         parser_class=Parser,
-        # The module has its own optimizer and lr_scheduler: one way to set them.
+        # The module's own arguments optimizer and lr_scheduler stay the only way to set them.
         auto_configure_optimizers=False,
         trainer_defaults={"plugins": [{"class_path": "lightning_imaml.checkpoints.AtomicCheckpointIO"}]},
         args=args,
@@ -162,6 +155,6 @@ def run(args: list[str] | dict[str, Any] | None = None) -> LightningCLI:
 
 
 def main() -> None:
-    """What the ``lightning-imaml`` command calls."""
+    """Run the ``lightning-imaml`` command."""
     keep_freed_memory()
     run()

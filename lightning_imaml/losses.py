@@ -7,17 +7,18 @@ from torch import Tensor, nn
 from lightning_imaml.components.checks import require
 from lightning_imaml.problems.supervised import LossFunction
 
-# The module is named apart so that the command line takes one by its class path, such as torch's own.
+# The union names nn.Module so that the command line takes a loss by its class path, such as one of torch.nn.
 Loss = nn.Module | LossFunction
-"""Takes one task's outputs ``[n, ...]`` and targets ``[n, ...]``, gives a scalar."""
+"""Takes one task's outputs ``[n, ...]`` and targets ``[n, ...]``, and returns a scalar."""
 
 
 class ScaledCrossEntropy(nn.CrossEntropyLoss):
     """Cross-entropy of logits times a constant, 1/T for temperature T.
 
-    For the ``query_loss`` of an :class:`~lightning_imaml.IMAMLModule` whose adapted networks are right but hardly sure.
-    A few small inner steps leave the logits small, so that the plain loss is mostly a matter of confidence: it may fall
-    while the accuracy falls too. On Omniglot 2.5 helped, where the loss of validation tasks was lowest at 2 to 3.
+    Use it as the ``query_loss`` of an :class:`~lightning_imaml.IMAMLModule` whose adapted networks are accurate but
+    under-confident. A few small inner steps leave the logits small, so the plain loss mostly measures confidence and
+    may fall while the accuracy falls too. On Omniglot a scale of 2.5 helped; the loss of validation tasks was lowest at
+    2 to 3.
 
     Args:
         scale: the factor.
@@ -36,5 +37,5 @@ class ScaledCrossEntropy(nn.CrossEntropyLoss):
         return super().forward(self.scale * input, target)
 
     def extra_repr(self) -> str:
-        """The factor."""
+        """The factor, for ``repr``."""
         return f"scale={self.scale}"

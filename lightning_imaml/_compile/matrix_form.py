@@ -1,8 +1,8 @@
-"""Convolution and batch normalisation of small images in the form that compiles best.
+"""Convolution and batch normalisation of small images as matrix products, the form that compiles best.
 
-``vmap`` turns a convolution whose weights differ between tasks into a grouped convolution, which has no fast kernel for
-a few small images a group. As shifted slices and one matrix product a task, with the channels innermost, the compiler
-fuses the copying, and what remains is a batched matrix product.
+``vmap`` turns a convolution whose weights differ between tasks into a grouped convolution, for which there is no fast
+kernel when a group has a few small images. Here a convolution becomes shifted slices and one matrix product a task,
+with channels last: the compiler fuses the copies of the slices, and a batched matrix product remains.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch.overrides import TorchFunctionMode
 
 
 class MatrixForm(TorchFunctionMode):
-    """Within the block, 2-d convolutions and batch normalisations over batch statistics take their matrix form.
+    """Compute 2-d convolutions and batch normalisations over batch statistics in their matrix form within the block.
 
-    Grouped convolutions, padding by name and running statistics are left as they are.
+    Grouped convolutions, padding by name and normalisation by running statistics keep PyTorch's form.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Replace the function's form, not its value."""
+        """Compute the same value in the matrix form, where there is one."""
         form = _FORMS.get(func)
         result = NotImplemented if form is None else form(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {})) if result is NotImplemented else result
@@ -48,8 +48,8 @@ def _conv2d(
     filters, _, kh, kw = weight.shape
     rows = (height + 2 * above - dh * (kh - 1) - 1) // down + 1
     columns = (width + 2 * left - dw * (kw - 1) - 1) // right + 1
-    # Padded to whole strides and cut into one image for each phase of the stride, so that every shift is a plain block:
-    # in the derivative, each pixel then sums over the shifts that reach it and not over all of them.
+    # Pad to whole strides and cut into one image for each phase of the stride, so that every shift is a plain block.
+    # The derivative at a pixel then sums over the shifts that reach it, instead of over all shifts.
     tall, wide = rows + (dh * (kh - 1)) // down, columns + (dw * (kw - 1)) // right
     below, beyond = tall * down - height - above, wide * right - width - left
     padded = F.pad(input.permute(0, 2, 3, 1), (0, 0, left, beyond, above, below))

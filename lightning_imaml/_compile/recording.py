@@ -15,17 +15,18 @@ from lightning_imaml._compile.matrix_form import MatrixForm
 from lightning_imaml.runtime.random_states import random_states, set_random_states
 
 Flat = Callable[..., Sequence[Tensor]]
-# What a unit on the other side of its kink may change in a derivative; on Conv4-64, 0.003 was seen.
-_KINK = 0.05
-"""Takes tensors, gives tensors."""
+"""Takes tensors and returns tensors."""
 
-# Autograd detaches what it saves for its derivatives. PyTorch 2.6 records that too, as newer versions did
-# (https://github.com/pytorch/pytorch/issues/175477): gradients of the graph would stop there.
+# The largest relative change of a derivative that may come from one unit crossing its kink; Conv4-64 showed 0.003.
+_KINK = 0.05
+
+# Autograd detaches the tensors that it saves for its derivatives. PyTorch 2.6 and some newer versions record these
+# detaches (https://github.com/pytorch/pytorch/issues/175477), at which gradients of the graph would stop.
 _DECOMPOSITIONS = {torch.ops.aten.detach.default: torch.ops.aten.alias.default}
 
 
 def record(function: Flat, example: Sequence[Tensor], matrix_form: bool) -> fx.GraphModule:
-    """The operations of ``function`` on tensors like these, derivatives included, in one graph that writes nothing.
+    """Record the operations of a function, derivatives included, in one graph that writes to no tensor in place.
 
     Args:
         function: what to record.
@@ -39,8 +40,8 @@ def record(function: Flat, example: Sequence[Tensor], matrix_form: bool) -> fx.G
     with MatrixForm() if matrix_form else nullcontext():
         graph = recorded(function)
     if any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in graph.graph.nodes):
-        # In place, as PyTorch's second derivative of LayerNorm writes. Neither cutting a graph nor leaving out what
-        # nobody reads could stand that.
+        # Some operation writes in place, as PyTorch's second derivative of LayerNorm does. Cutting a graph and
+        # dead-code elimination are wrong for such operations.
         graph = recorded(functionalize(graph))
     graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -48,21 +49,22 @@ def record(function: Flat, example: Sequence[Tensor], matrix_form: bool) -> fx.G
 
 
 def require_own_derivative(graph: Flat, function: Flat, example: Sequence[Tensor], eps: float) -> None:
-    """Compare the derivative of a graph with that of the function that it records.
+    """Compare the derivative of a recorded graph with the derivative of its function.
 
-    A graph holds the operations alone: ``detach``, ``torch.no_grad`` and the backward pass of a
-    ``torch.autograd.Function`` are not in it, and its derivative is another one where a network has them.
+    A graph holds only the operations. ``detach``, ``torch.no_grad`` and the backward pass of a
+    ``torch.autograd.Function`` are missing from it, so its derivative differs where a network has them.
 
     Args:
-        graph: what was recorded.
-        function: from what.
-        example: its arguments; those that require gradients are differentiated, near the values that they have.
+        graph: the recorded graph.
+        function: the function that was recorded.
+        example: the arguments. The derivatives are taken near their values, in those that require gradients.
         eps: the relative precision of the computation.
 
     Raises:
         NotImplementedError: the derivatives differ.
     """
-    # Rounding may carry a unit over a ReLU's kink in one of the two: a small difference, and not at the next point.
+    # Rounding may carry a unit over a ReLU's kink in one of the two. The difference is then small, and gone at the next
+    # point.
     for first in (1, 2, 3):
         difference = _difference(graph, function, example, eps, first)
         if difference <= eps**0.5:
@@ -70,14 +72,14 @@ def require_own_derivative(graph: Flat, function: Flat, example: Sequence[Tensor
         if not difference <= _KINK:
             break
     raise NotImplementedError(
-        "what it records has another derivative, as where a network calls detach() or no_grad(), or has an "
+        "the recorded graph has another derivative, as where a network calls detach() or no_grad(), or has an "
         "autograd.Function"
     )
 
 
 def _difference(graph: Flat, function: Flat, example: Sequence[Tensor], eps: float, first: int) -> float:
-    """Of the two derivatives, relative to the function's own, at the point whose waves begin with ``first``."""
-    # Not at the values themselves, where zeros, as of a new network's biases, would hide much.
+    """The largest relative difference of the two derivatives at the point whose waves begin with ``first``."""
+    # The point is near the values, since zeros among them, such as new biases, would hide differences.
     points = [
         (t.detach() * (1 + 0.1 * _waves(t, first)) + 0.01 * _waves(t, first)).requires_grad_() if t.requires_grad else t
         for t in example
@@ -86,16 +88,16 @@ def _difference(graph: Flat, function: Flat, example: Sequence[Tensor], eps: flo
     states = random_states(device)
 
     def slopes(function: Flat) -> list[Tensor]:
-        set_random_states(states, device)  # A dropout draws the same in both.
+        set_random_states(states, device)  # Dropout then draws the same numbers in both.
         parts = [(output * _waves(output)).sum() for output in function(*points) if output.requires_grad]
         return list(torch.autograd.grad(parts, meta, materialize_grads=True)) if parts else [0 * m for m in meta]
 
-    # Where there is a dispatch mode nothing is compiled, so that parts of the function are not either.
+    # Under a dispatch mode nothing is compiled, so that all parts of the function run eagerly.
     with BaseTorchDispatchMode():  # type: ignore[no-untyped-call]
         own, recorded = slopes(function), slopes(graph)
-    set_random_states(states, device)  # Whatever comes next draws as if nothing had been compared.
+    set_random_states(states, device)  # The comparison leaves no trace in later draws.
     floor = 100 * eps**0.5 * torch.stack([slope.norm() for slope in own]).norm()
-    tiny = torch.finfo(floor.dtype).tiny  # Where all slopes are zero, 0/0 would be no number.
+    tiny = torch.finfo(floor.dtype).tiny  # It avoids 0/0 where all slopes are zero.
     differences = [
         (found - slope).norm() / (slope.norm() + floor).clamp(min=tiny)
         for slope, found in zip(own, recorded, strict=True)
@@ -109,7 +111,7 @@ def _waves(like: Tensor, first: int = 1) -> Tensor:
 
 
 def _with_any_strides(graph: fx.GraphModule) -> fx.GraphModule:
-    """Let views copy where they must: kernels and the compiler may lay tensors out otherwise than was recorded."""
+    """Replace views by reshapes, which may copy: kernels and Inductor may give tensors other strides than recorded."""
     views = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
     for node in graph.graph.nodes:
         if node.target in views:

@@ -1,7 +1,7 @@
-"""Recorded functions as compiled code: whole, or cut where their last arguments come in.
+"""Compile recorded functions: as a whole, or cut where their last arguments come in.
 
-Where a function runs many times on one batch, what the batch alone decides is computed once. Where a function is linear
-in its last argument, what that argument does not change is computed once for all its uses.
+A function that runs many times on one batch computes once what depends on the batch alone. A function that is linear in
+its last argument computes once what does not depend on that argument.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch._inductor
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-# PyTorch's compiler is one for all threads, which Dynamo would see to.
+# Inductor must run in one thread at a time. ``torch.compile`` would take such a lock; we call Inductor directly.
 compiling = threading.RLock()
-# What makes it worth to cut a graph: the operations that take most of a network's time.
+# These operations take most of a network's time: a graph is cut only where that saves one of them.
 _WORK = {getattr(torch.ops.aten, name) for name in ("convolution", "mm", "bmm", "addmm", "baddbmm")}
 
 
 class Whole:
-    """A recorded function, compiled as it is."""
+    """A recorded function, compiled as a whole."""
 
     def __init__(self, graph: fx.GraphModule, form: pytree.TreeSpec, example: list[Tensor], fixed: int) -> None:
         self.form = form
@@ -50,9 +50,9 @@ class Repeated:
 def repeated_or_whole(
     graph: fx.GraphModule, form: pytree.TreeSpec, example: list[Tensor], fixed: int
 ) -> Repeated | Whole:
-    """Cut after the ``fixed`` tensors of the batch, where that saves something."""
+    """Cut a graph after the ``fixed`` tensors of the batch, where that saves work; else keep it whole."""
     inputs, outputs = _ends(graph)
-    # Random numbers are drawn anew in every call.
+    # Every call must draw new random numbers.
     random = [node for node in graph.graph.nodes if _has(node, torch.Tag.nondeterministic_seeded)]
     late = _late(graph, [*inputs[fixed:], *random])
     saves = any(n not in late and getattr(n.target, "overloadpacket", None) in _WORK for n in graph.graph.nodes)
@@ -63,7 +63,7 @@ def repeated_or_whole(
 
 
 class Linear:
-    """A recorded function of (…, vector), whose last result alone is linear in it, cut where the vector comes in."""
+    """A recorded function of (…, vector), cut where the vector comes in; the last result alone is linear in it."""
 
     def __init__(self, graph: fx.GraphModule, form: pytree.TreeSpec, example: list[Tensor], fixed: int) -> None:
         (*inputs, vector), (*values, result) = _ends(graph)
@@ -84,7 +84,7 @@ class Linear:
 
 
 def _inductor(graph: fx.GraphModule) -> Callable[..., Any]:
-    """A graph that is compiled when it meets tensors of another kind, and run."""
+    """Compile a graph anew for each new kind of input tensors, and run it."""
     kinds: dict[Hashable, Callable[..., Any]] = {}
 
     def call(*tensors: Tensor) -> Any:
@@ -98,7 +98,7 @@ def _inductor(graph: fx.GraphModule) -> Callable[..., Any]:
 
 
 def _compile_now(results: list[Tensor], example: list[Tensor]) -> None:
-    """Compile the derivative of results too, where there is one: later, nobody could go on without it if that fails."""
+    """Compile the derivative of results too, where there is one: a later failure would end the run."""
     ends = [result for result in results if result.requires_grad]
     if ends:
         starts = [tensor for tensor in example if tensor.requires_grad]
@@ -130,7 +130,7 @@ def _cut(
     late_outputs: list[fx.Node],
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Cut a graph into (*early inputs) ↦ [*early outputs, *needed] and (*late inputs, *needed) ↦ [*late outputs]."""
-    # What the compiler fuses into its reader costs less to compute again than to hand over.
+    # An operation that Inductor fuses into its reader costs less to compute again than to pass on.
     queue, again = [*late_outputs, *late], set[fx.Node]()
     needed: dict[fx.Node, None] = {}
     while queue:

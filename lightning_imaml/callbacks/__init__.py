@@ -1,4 +1,4 @@
-"""Lightning callbacks that watch meta-learning; the memory monitor works in any Lightning project."""
+"""Lightning callbacks for meta-learning; the memory monitor works in any Lightning project."""
 
 from lightning_imaml.callbacks.adaptation_curve import AdaptationCurve
 from lightning_imaml.callbacks.episode_grid import EpisodeGrid

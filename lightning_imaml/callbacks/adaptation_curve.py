@@ -1,4 +1,4 @@
-"""How accuracy at test depends on the number of inner steps."""
+"""Draw how test accuracy depends on the number of inner steps."""
 
 from __future__ import annotations
 
@@ -14,35 +14,34 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from lightning_imaml import functional
+from lightning_imaml.components.checks import require
 from lightning_imaml.diagnostics.interface import evaluation_solver, require_interface
 from lightning_imaml.episodes import Episode
 from lightning_imaml.metrics import TaskMean, accuracy_of_tasks, ignore_index_of, is_classification
 
 
 class AdaptationCurve(Callback):
-    """Adapt every test task with several numbers of inner steps, also more than in training, and draw the outcome.
+    """Adapt every test task with several numbers of inner steps, also more than in training, and draw the results.
 
-    Written to ``trainer.log_dir`` by rank zero, over the tasks of all ranks: ``adaptation_curve.png``, and
+    Rank zero writes two files to ``trainer.log_dir``, over the tasks of all ranks: ``adaptation_curve.png``, and
     ``adaptation_curve.csv`` with the columns ``inner_steps``, ``accuracy`` (``loss`` where the targets are not classes)
-    and ``interval95``, half the width of the mean's 95 % interval. Logged as ``test/accuracy_at_<n>_steps``. Where a
-    task diverges with so many steps, the mean is NaN.
+    and ``interval95``, half the width of the mean's 95 % interval. The means are logged as
+    ``test/accuracy_at_<n>_steps``. Where a task diverges with that many steps, the mean is NaN.
 
-    A test takes as many inner steps more as the numbers add up to.
+    The test takes as many more inner steps as the sum of these numbers.
 
     Args:
-        steps: the numbers of inner steps, 0 for the network as it is; None for 0, 1, 2, 4, … up to four times the
-            inner solver's.
+        steps: the numbers of inner steps, with 0 for the network before adaptation. None takes 0, 1, 2, 4, … up to four
+            times the inner solver's number.
 
     Raises:
-        ValueError: ``steps`` is empty or holds a negative number; in a test, there are several dataloaders.
-        TypeError: in ``setup``, the inner solver has no ``steps`` to change.
+        ValueError: ``steps`` is empty or holds a negative number; in use, the test has several dataloaders.
+        TypeError: in ``setup``, the inner solver has no field ``steps``.
     """
 
     def __init__(self, steps: list[int] | None = None) -> None:
-        if steps is not None and (not steps or min(steps) < 0):
-            raise ValueError(
-                f"steps must be numbers of inner steps, 0 or more; found {steps}. Leave it out for 0, 1, 2 …."
-            )
+        valid = steps is None or (len(steps) > 0 and min(steps) >= 0)
+        require(valid, self, "steps", "numbers of inner steps, 0 or more", steps, "Leave it out for 0, 1, 2, 4, ….")
         self.steps = steps
         self._points: dict[int, MetricCollection] = {}
         self._quantity = "accuracy"
@@ -53,41 +52,32 @@ class AdaptationCurve(Callback):
         solver = evaluation_solver(pl_module)
         if "steps" not in getattr(solver, "__dataclass_fields__", {}):
             raise TypeError(
-                f"AdaptationCurve: inner_solver, or eval_inner_solver where there is one, must be a dataclass with a "
-                f"field 'steps'; found {type(solver).__name__}. Use a solver of lightning_imaml.inner, or leave it out."
+                f"AdaptationCurve: the inner solver of evaluation must be a dataclass with a field 'steps'; found "
+                f"{type(solver).__name__}. Use a solver of lightning_imaml.inner, or remove the callback."
             )
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a curve."""
         loaders = len(trainer.num_test_batches)
-        if loaders > 1:
-            raise ValueError(
-                f"AdaptationCurve: a test must have one dataloader, since there is one curve; found {loaders}. Test "
-                "them one after the other."
-            )
-        of_solver: int = evaluation_solver(pl_module).steps
-        powers = [2**k for k in range(16) if 2**k <= 4 * of_solver]
-        numbers = {0, of_solver, *powers} if self.steps is None else set(self.steps)
+        requirement = "1, since there is one curve"
+        require(loaders <= 1, self, "the number of dataloaders", requirement, loaders, "Test them one after the other.")
+        solver_steps: int = evaluation_solver(pl_module).steps
+        powers = [2**k for k in range(16) if 2**k <= 4 * solver_steps]
+        numbers = {0, solver_steps, *powers} if self.steps is None else set(self.steps)
         point = MetricCollection({"mean": TaskMean(), "interval95": TaskMean(interval95=True)}).to(pl_module.device)
         self._points = {steps: point.clone() for steps in sorted(numbers)}
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Adapt the batch's tasks with every number of steps."""
         episode = Episode.of(batch)
         with trainer.precision_plugin.test_step_context():
             for steps, point in self._points.items():
-                point.update(self._judge(pl_module, episode, steps))
+                point.update(self._measure(pl_module, episode, steps))
 
-    def _judge(self, module: Any, episode: Episode, steps: int) -> Tensor:
-        """Every task's accuracy or loss: ``[T]``."""
+    def _measure(self, module: Any, episode: Episode, steps: int) -> Tensor:
+        """The accuracy or the loss of every task, ``[T]``."""
         if steps:
             solver = dataclasses.replace(evaluation_solver(module), steps=steps)
             try:
@@ -118,7 +108,7 @@ class AdaptationCurve(Callback):
         points = [(steps, found["mean"].item(), found["interval95"].item()) for steps, found in computed]
         for steps, mean, _ in points:
             pl_module.log(f"test/{self._quantity}_at_{steps}_steps", mean)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # A collective operation: on every rank.
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # Every rank must read log_dir: it is collective.
         if not trainer.is_global_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)

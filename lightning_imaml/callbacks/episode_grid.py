@@ -1,4 +1,4 @@
-"""A picture of episodes: what was shown, what was asked and what was answered."""
+"""Draw episodes: support images, query images and predictions."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lightning_imaml.metrics import is_classification
 class EpisodeGrid(Callback):
     """Draw the support and query images of the first tasks, with the adapted network's predictions.
 
-    One row a class: its support images, then its query images with the predicted class above, green where it is right
-    and red where it is wrong. After every validation and test the picture goes to ``<trainer.log_dir>/
-    episodes_<stage>.png`` and to every logger that takes pictures (``add_figure`` of its experiment, as TensorBoard's,
-    or ``log_image``, as W&B's). Rank zero draws its own tasks.
+    Each class has a row: its support images, then its query images with the predicted class above, green where it is
+    right and red where it is wrong. After every validation and test, the picture goes to ``<trainer.log_dir>/
+    episodes_<stage>.png`` and to every logger that takes pictures: TensorBoard's has ``add_figure``, W&B's has
+    ``log_image``. Rank zero draws its own tasks.
 
     Args:
-        tasks: how many tasks of the first batch.
-        queries: at most so many query images a class.
+        tasks: how many tasks of the first batch to draw.
+        queries: the most query images of a class.
 
     Raises:
         ValueError: ``tasks`` or ``queries`` is below one.
@@ -45,35 +45,23 @@ class EpisodeGrid(Callback):
         require_interface(self, pl_module, ("inner_solver", "adapt", "predict_step"))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out where to write."""
-        # log_dir is a collective operation: on every rank, also on one without a batch.
+        """Find the folder to write to."""
+        # log_dir is a collective operation: every rank must read it, also one without a batch.
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out where to write."""
+        """Find the folder to write to."""
         self.on_validation_start(trainer, pl_module)
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Draw the first batch."""
         if not trainer.sanity_checking:
             self._record(trainer, pl_module, batch, batch_idx, dataloader_idx, "val")
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Draw the first batch."""
         self._record(trainer, pl_module, batch, batch_idx, dataloader_idx, "test")
@@ -106,18 +94,18 @@ def _check(episode: Episode, predictions: Any) -> None:
     if not drawable or not is_classification(predictions, episode.query_targets):
         found = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(
-            f"EpisodeGrid: inputs must be images [tasks, samples, 1 or 3, height, width] with class indices; found "
+            f"EpisodeGrid: inputs must be images [T, n, 1 or 3, height, width] with class indices; found "
             f"{found}. Remove the callback."
         )
 
 
 def draw_episodes(episode: Episode, predicted: Tensor, queries: int) -> Figure:
-    """Draw tasks below one another, a row a class.
+    """Draw tasks below one another, with a row for each class.
 
     Args:
         episode: the tasks.
         predicted: class indices of the query images, ``[T, n]``.
-        queries: at most so many query images a class.
+        queries: the most query images of a class.
     """
     ways = int(torch.cat([episode.support_targets, episode.query_targets], dim=1).max()) + 1
     shots = int((episode.support_targets[0] == 0).sum())

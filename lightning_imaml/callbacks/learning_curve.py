@@ -1,4 +1,4 @@
-"""Keep a picture of how training goes."""
+"""Draw the metrics of a fit."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from lightning_imaml.training.schedule import EveryNSteps
 class LearningCurve(Callback):
     """Collect the metrics of a fit and draw them: ``learning_curve.png`` and, with the numbers, ``learning_curve.csv``.
 
-    Panels: loss, accuracy before and after adaptation with its 95 % interval, error of the meta-gradient
-    (``MetaGradientErrorMonitor``), memory (``PeakMemoryMonitor``); each only if its metrics were logged. Place it after
-    the monitors in the list of callbacks, or it sees their numbers one step late. Of several validation dataloaders it
-    shows the first. Both files are written after every
-    validation, at the end of fit and when training fails, to ``trainer.log_dir``, by rank zero. The curve goes on where
-    it was when a fit resumes from a checkpoint.
+    There are panels for the loss, the accuracy before and after adaptation with its 95 % interval, the error of the
+    meta-gradient (``MetaGradientErrorMonitor``) and memory (``PeakMemoryMonitor``); a panel appears if its metrics were
+    logged. Place the callback after the monitors in the list of callbacks, or it sees their numbers one step late. It
+    shows the first of several validation dataloaders. Rank zero writes both files to ``trainer.log_dir`` after every
+    validation, at the end of fit and when training fails. A resumed fit continues the curve of its checkpoint.
 
     Args:
-        every_n_steps: how often to take the training metrics, in optimizer steps; None for the trainer's
-            ``log_every_n_steps``. A metric that the module logs less often shows its last value. The numbers of
-            monitors and validations are all taken.
+        every_n_steps: how often to take the training metrics, in optimizer steps; None takes the trainer's
+            ``log_every_n_steps``. A metric that the module logs less often shows its last value. All numbers of
+            monitors and validations are taken.
 
     Raises:
         ValueError: ``every_n_steps`` is below one.
@@ -34,15 +33,15 @@ class LearningCurve(Callback):
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         self.every_n_steps = every_n_steps
-        # Where the interval is the trainer's, the trainer's replaces this one when the fit starts.
+        # For None, the start of the fit replaces this interval by the trainer's.
         self._schedule = EveryNSteps(1 if every_n_steps is None else every_n_steps)
         self._points: dict[str, list[tuple[int, float]]] = {}
         self._seen: dict[str, Tensor] = {}
         self._directory: Path | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out where to write, and how often to read."""
-        # log_dir is a collective operation: on every rank, and not when an exception may have stopped some.
+        """Find the folder to write to, and how often to read."""
+        # log_dir is a collective operation: every rank must read it, and after an exception some may have stopped.
         self._directory = Path(trainer.log_dir or trainer.default_root_dir)
         if self.every_n_steps is None:
             self._schedule = EveryNSteps(max(1, int(getattr(trainer, "log_every_n_steps", 1))))
@@ -66,7 +65,7 @@ class LearningCurve(Callback):
         self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save what there is."""
+        """Save the points so far."""
         self._save(trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -74,7 +73,7 @@ class LearningCurve(Callback):
         return {"points": {name: list(curve) for name, curve in self._points.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the points of a checkpoint."""
+        """Continue the points of a checkpoint."""
         self._points = {name: [(s, v) for s, v in curve] for name, curve in state_dict["points"].items()}
 
     def _collect(self, trainer: Trainer, prefixes: tuple[str, ...]) -> None:
@@ -83,7 +82,7 @@ class LearningCurve(Callback):
         logged = trainer.callback_metrics
         metrics = {name.removesuffix("/dataloader_idx_0"): value for name, value in logged.items()}
         for name in _DRAWN:
-            # The Trainer keeps showing a monitor's last number; a new one is a new tensor, whatever its value.
+            # The Trainer keeps a monitor's last number; a new number is another tensor, even of the same value.
             if name.startswith(prefixes) and name in metrics and metrics[name] is not self._seen.get(name):
                 self._seen[name] = metrics[name]
                 self._points.setdefault(name, []).append((trainer.global_step, float(metrics[name])))

@@ -1,4 +1,4 @@
-"""Watch how far the meta-gradient is from the exact one."""
+"""Log how far the meta-gradient is from the exact one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils import _pytree as pytree
 
-from lightning_imaml.components.checks import require_at_least_one
+from lightning_imaml.components.checks import require, require_at_least_one
 from lightning_imaml.diagnostics.interface import require_interface
 from lightning_imaml.diagnostics.nested_peaks import MONITOR
 from lightning_imaml.diagnostics.reference import ExactReference, MetaGradientError
@@ -18,27 +18,27 @@ from lightning_imaml.episodes import Episode
 from lightning_imaml.runtime import phases
 from lightning_imaml.training.schedule import EveryNSteps, record
 
-# Without "backbone": configure_model may build it after the callbacks' setup.
+# "backbone" is missing here, since configure_model may build it after the callbacks' setup.
 _NEEDED = ("inner_solver", "regularizer", "strengths", "inner_loss", "outer_loss", "meta_gradient")
 
 
 class MetaGradientErrorMonitor(Callback):
     """Log the distance of the module's meta-gradient from the exact one: figure 2a of the paper (arXiv 1909.04630).
 
-    In a due step, before the module trains on the batch, the first tasks of the batch go through the module's own
-    ``meta_gradient`` and through an ``ExactReference``: the same inner problem solved to tolerance, and the linear
-    system with the exact Hessian solved to tolerance. Logged, as the mean over ranks:
+    In a due step, before the module trains on the batch, the monitor takes the first tasks of the batch. It compares
+    the module's own ``meta_gradient`` with an ``ExactReference``, which solves the same inner problem and the linear
+    system with the exact Hessian to tolerance. It logs the means over ranks of:
 
     - ``meta_gradient/relative_error``: ‖g − g*‖ / ‖g*‖, over all parameters and learned strengths;
-    - ``meta_gradient/cosine``: of the angle between g and g*;
-    - ``meta_gradient/reference_converged``: 1, or 0 where the reference missed a tolerance, and is not exact then;
-    - ``meta_gradient/reference_inner_residual``, ``meta_gradient/reference_linear_residual``: by how much;
+    - ``meta_gradient/cosine``: the cosine of the angle between g and g*;
+    - ``meta_gradient/reference_converged``: 1, or 0 where the reference missed a tolerance and so is not exact;
+    - ``meta_gradient/reference_inner_residual``, ``meta_gradient/reference_linear_residual``: its two residuals;
     - ``meta_gradient/reference_indefinite``: the share of tasks whose exact system is not positive definite.
 
     Where the reference diverges or its system is singular, all but ``reference_converged`` are NaN.
 
-    Training with and without the monitor gives the same weights: random states and buffers are put back, ``.grad`` is
-    not touched, and the reference works on a copy of the backbone. A due step costs about ``reference_steps`` inner
+    Training with and without the monitor gives the same weights: it restores random states and buffers, leaves
+    ``.grad`` alone, and works on a copy of the backbone. A due step costs about ``reference_steps`` inner
     steps and hundreds of Hessian products.
 
     Args:
@@ -48,13 +48,12 @@ class MetaGradientErrorMonitor(Callback):
         reference_tol: the reference's absolute tolerance on ‖∇_φ G‖.
         reference_linear_steps: the most MINRES iterations of the reference.
         reference_rtol: the reference's relative tolerance on the linear system.
-        direct_limit: the most parameters for which the linear system is factorised instead.
+        direct_limit: the most parameters for which the reference factorises the linear system instead.
         double: compute the reference in float64, see ``ExactReference``.
 
     Raises:
-        ValueError: ``every_n_steps`` or ``tasks`` is below one.
-        TypeError: in ``setup``, if the module offers no meta-gradient to compare.
-        ValueError: in ``setup``, if the inner solver's step sizes are learned.
+        ValueError: ``every_n_steps`` or ``tasks`` is below one; in ``setup``, step sizes are learned.
+        TypeError: in ``setup``, the module has no meta-gradient to compare.
     """
 
     def __init__(
@@ -80,11 +79,10 @@ class MetaGradientErrorMonitor(Callback):
         """Check that the module has what the comparison needs."""
         require_interface(self, pl_module, _NEEDED)
         self.reference.inner_solver(pl_module.inner_solver)
-        if getattr(pl_module.inner_solver, "learned", False):
-            raise ValueError(
-                f"MetaGradientErrorMonitor: the inner solver's step sizes must be fixed, since the exact meta-gradient "
-                f"does not depend on them; found {pl_module.inner_solver}. Remove the callback, or set learned=False."
-            )
+        solver, requirement = pl_module.inner_solver, "fixed, since the exact meta-gradient does not depend on them"
+        remedy = "Remove the callback, or set learned=False."
+        fixed = not getattr(solver, "learned", False)
+        require(fixed, self, "the inner solver's step sizes", requirement, solver, remedy)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Compare and log, if due."""
@@ -108,7 +106,7 @@ class MetaGradientErrorMonitor(Callback):
         buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
         with isolate_rng():
             try:
-                # The estimate under the precision that training uses, the reference under full precision.
+                # The estimate runs in the precision of training, the reference in full precision.
                 with trainer.precision_plugin.train_step_context():
                     estimate = module.meta_gradient(tasks)
                 exact = self.reference.meta_gradient(
@@ -123,8 +121,8 @@ class MetaGradientErrorMonitor(Callback):
                     chunk_size=module.chunk_size,
                 )
             except (FloatingPointError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
-                # More steps than training takes may diverge. That is a finding, no reason to stop the training; nor is
-                # a bad task, which the training step itself reports, on all ranks.
+                # The reference may diverge, since it takes more steps than training does: training can go on. A bad
+                # task does not stop it here either, since the training step reports it on all ranks.
                 return MetaGradientError(math.nan, math.nan, False, math.nan, math.nan, math.nan)
             finally:
                 for buffer, before in buffers:

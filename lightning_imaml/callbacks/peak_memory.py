@@ -1,4 +1,4 @@
-"""Watch the memory of the phases of a training step."""
+"""Log the peak memory of a training step and of its phases."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _MIB = 2**20
 class PeakMemoryMonitor(Callback):
     """Log the peak memory of a training step and of its phases: figure 2b of the paper (arXiv 1909.04630).
 
-    Logged, in MiB, as the maximum over ranks:
+    The monitor logs, in MiB and as the maximum over ranks:
 
     - ``memory/step_mib``: the whole training batch, whatever module is trained;
     - ``memory/inner_loop_mib``, ``memory/linear_solve_mib``, ``memory/meta_step_mib``: the phases of an
       ``IMAMLModule``, and any other ``lightning_imaml.runtime.phases.phase`` that occurs in the step;
     - ``memory/process_peak_mib``: the process's peak resident size since it started (not on Windows).
 
-    The step and its phases are, on CUDA, what PyTorch's allocator has handed out (``torch.cuda.max_memory_allocated``;
-    its peak counter is reset in a due step). Elsewhere they are the exact bytes of live tensors: parameters, gradients,
-    optimizer state, the batch, and all that the step makes and autograd keeps, counted by ``LiveTensorBytes``. Counting
-    makes the due step slower; the other steps cost one comparison. Compiled code cannot be counted so: with
-    ``compile=True`` a due step runs without the compiler, and rounds like that.
+    On CUDA, the numbers are what PyTorch's allocator has handed out (``torch.cuda.max_memory_allocated``; a due step
+    resets its peak counter). On other devices they are the exact bytes of live tensors: parameters, gradients,
+    optimizer state, the batch, and everything that the step makes and autograd keeps. ``LiveTensorBytes`` counts them,
+    which makes the due step slower; the other steps cost one comparison. It cannot see into compiled code: with
+    ``compile=True`` a due step runs eagerly, and rounds like eager code.
 
     Args:
         every_n_steps: how often to measure, in optimizer steps.
@@ -46,7 +46,7 @@ class PeakMemoryMonitor(Callback):
     def __init__(self, every_n_steps: int = 50) -> None:
         self.every_n_steps = every_n_steps
         self._schedule = EveryNSteps(every_n_steps)
-        # What has to be undone when the measured step ends; also what tells that one is going on.
+        # These contexts are open while a step is measured, and None otherwise.
         self._measuring: ExitStack | None = None
         self._peaks: NestedPeaks | None = None
 
@@ -97,7 +97,7 @@ class PeakMemoryMonitor(Callback):
 
 
 def _in_use(trainer: Trainer, module: LightningModule, batch: Any) -> Iterator[Tensor]:
-    """The tensors that exist when a step begins and that a device's allocator would count, too."""
+    """The tensors that exist when a step begins, which a device's allocator would count too."""
     for parameter in module.parameters():
         yield parameter
         if parameter.grad is not None:
@@ -109,7 +109,7 @@ def _in_use(trainer: Trainer, module: LightningModule, batch: Any) -> Iterator[T
 
 
 def peak_resident_bytes() -> int | None:
-    """The most physical memory this process has held since it started, in bytes; None where the system does not say."""
+    """The most physical memory that this process has held since it started, in bytes; None where it is not known."""
     if sys.platform == "win32":
         return None
     import resource

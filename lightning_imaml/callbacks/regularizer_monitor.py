@@ -1,4 +1,4 @@
-"""Watch the learned strengths and step sizes."""
+"""Log the learned strengths and step sizes."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from lightning_imaml.training.schedule import EveryNSteps, record
 class RegularizerMonitor(Callback):
     """Log the strengths of the regulariser and the step sizes of the inner solver, layer by layer.
 
-    Logged in a due step, before it changes them:
+    The monitor logs in a due step, before the step changes the values:
 
-    - ``regularizer/strength``: the mean of λ over all adapted parameters, for a matrix the mean of its diagonal; where
-      they differ, ``regularizer/strength/<layer>`` is the mean of each layer. A regulariser of your own logs the means
-      of its learned strengths, ``regularizer/<name>``.
-    - ``inner_solver/lr`` and ``inner_solver/lr/<layer>``: the same of the step sizes, where they are learned.
-    - With a logger that has histograms (TensorBoard's), a histogram of each layer whose own values differ.
+    - ``regularizer/strength``: the mean of λ over all adapted parameters; for a matrix, the mean of its diagonal. Where
+      the values differ, ``regularizer/strength/<layer>`` is the mean of each layer. A regulariser of your own logs the
+      means of its learned strengths, ``regularizer/<name>``.
+    - ``inner_solver/lr`` and ``inner_solver/lr/<layer>``: the means of the step sizes, where they are learned.
+    - a histogram of each layer whose own values differ, with a logger that has histograms (TensorBoard's).
 
     Args:
         every_n_steps: how often, in optimizer steps.
 
     Raises:
         ValueError: ``every_n_steps`` is below one.
-        TypeError: in ``setup``, if the module has no regulariser.
+        TypeError: in ``setup``, the module has no regulariser.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
@@ -41,7 +41,7 @@ class RegularizerMonitor(Callback):
         self._schedule = EveryNSteps(every_n_steps)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that the module has what is logged."""
+        """Check that the module has the settings to log."""
         require_interface(self, pl_module, ("regularizer", "strengths", "inner_solver", "rates", "adapt_only"))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -72,7 +72,7 @@ class RegularizerMonitor(Callback):
 
 
 def _values(module: Any) -> list[tuple[str, Tensor, Layout | None]]:
-    """What is to be logged, ``[D]`` with its layout, or of any shape without."""
+    """The values to log, with their names: ``[D]`` with a layout, or of any shape with None."""
     flat = FlatModel(module.backbone, adapt_only=module.adapt_only)
     row = flat.initial().unsqueeze(0)
     found: list[tuple[str, Tensor, Layout | None]] = []

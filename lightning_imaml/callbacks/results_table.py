@@ -1,4 +1,4 @@
-"""Print what a fit or a test achieved, with the protocol that it belongs to."""
+"""Print the results of a fit or a test, with their protocol."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch import nn
 from lightning_imaml.components.checks import require_at_least_one
 from lightning_imaml.diagnostics.baseline import reinitialised
 from lightning_imaml.diagnostics.interface import require_interface
-from lightning_imaml.diagnostics.protocol import Protocol
+from lightning_imaml.diagnostics.protocol import Protocol, has_class_indices
 from lightning_imaml.episodes import Episode
 from lightning_imaml.functional import adapt, predict
 from lightning_imaml.metrics import EpisodicAccuracy, EpisodicInterval95, ignore_index_of
 
-# Without "backbone": configure_model may build it after the callbacks' setup.
+# "backbone" is missing here, since configure_model may build it after the callbacks' setup.
 _NEEDED = ("eval_inner_solver", "solve_settings", "chunk_size")
 
 
 @dataclass
-class _Tested:
-    """The tasks of one dataloader, and how the network with random weights did on them."""
+class _LoaderResults:
+    """The tasks of one dataloader, and the results of the network with random weights on them."""
 
     protocol: Protocol | None = None
     tasks: int = 0
@@ -35,7 +35,7 @@ class _Tested:
     accuracy: EpisodicAccuracy = field(default_factory=EpisodicAccuracy)
     interval: EpisodicInterval95 = field(default_factory=EpisodicInterval95)
 
-    def see(self, module: Any, episode: Episode) -> None:
+    def count(self, module: Any, episode: Episode) -> None:
         """Count the tasks of a batch."""
         self.tasks += episode.tasks
         protocol = Protocol.of(module, episode)
@@ -43,22 +43,23 @@ class _Tested:
 
 
 class ResultsTable(Callback):
-    """Print a table at the end of fit (of its last validation), of validate and of test.
+    """Print a table of results at the end of fit (for its last validation), of validate and of test.
 
-    Rows: the network after adaptation, with its 95 % interval over tasks, and before; in a test of a classifier also
-    the same network with random weights, adapted to the same tasks by the same solver: what meta-learning is worth.
-    Other metrics that the module logs with an interval, as ``metrics.with_intervals`` names them, have columns of their
-    own. The caption names the protocol. Where the module logs no accuracy, as in regression, the table shows the loss.
-    Each of several dataloaders has a table of its own.
+    The rows show the network after adaptation, with its 95 % interval over tasks, and before. A test of a classifier
+    also has a row for the same network with random weights, adapted to the same tasks by the same solver; it shows what
+    meta-learning gains. Other metrics that the module logs with an interval, by the names of
+    ``metrics.with_intervals``, have their own columns. The caption names the protocol. Where the module logs no
+    accuracy, as in regression, the table shows the loss. Each of several dataloaders has its own table.
 
     Args:
         baseline: whether to test the network with random weights; it takes as long as the test itself.
-        seed: of the random weights.
-        baseline_tasks: about how many tasks of a test that network gets, the first ones; None for all.
+        seed: the seed of the random weights.
+        baseline_tasks: about how many tasks of a test the network with random weights gets, from the first on; None
+            gives it all.
 
     Raises:
-        ValueError: if ``baseline_tasks`` is below 1.
-        TypeError: in ``setup``, if the module lacks what the baseline needs.
+        ValueError: ``baseline_tasks`` is below 1.
+        TypeError: in ``setup``, the module lacks what the baseline needs.
     """
 
     def __init__(self, baseline: bool = True, seed: int = 0, baseline_tasks: int | None = None) -> None:
@@ -69,7 +70,7 @@ class ResultsTable(Callback):
         self.seed = seed
         self.baseline_tasks = baseline_tasks
         self._network: nn.Module | None = None
-        self._loaders: list[_Tested] = []
+        self._loaders: list[_LoaderResults] = []
         self._note = ""
         self._tables: list[Table] = []
 
@@ -82,16 +83,10 @@ class ResultsTable(Callback):
         self._begin(trainer.num_val_batches)
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Count tasks."""
-        self._loaders[dataloader_idx].see(pl_module, Episode.of(batch))
+        self._loaders[dataloader_idx].count(pl_module, Episode.of(batch))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the tables for the end of fit, or print them if this validation stands alone."""
@@ -123,10 +118,10 @@ class ResultsTable(Callback):
     ) -> None:
         """Adapt the network with random weights to the same tasks."""
         episode, loader = Episode.of(batch), self._loaders[dataloader_idx]
-        loader.see(pl_module, episode)
-        if self._network is None or not _has_class_indices(episode):
+        loader.count(pl_module, episode)
+        if self._network is None or not has_class_indices(episode.query_targets):
             return
-        # Every rank has its share of them.
+        # Every rank takes its share of these tasks.
         if self.baseline_tasks is not None and loader.baseline_tasks * trainer.world_size >= self.baseline_tasks:
             return
         loader.baseline_tasks += episode.tasks
@@ -135,11 +130,11 @@ class ResultsTable(Callback):
                 self._network,
                 episode.support_inputs,
                 episode.support_targets,
-                # Not compiled, which would take longer than the few tasks of a test.
+                # Compiling would take longer than the few tasks of a test.
                 **pl_module.solve_settings(pl_module.eval_inner_solver) | {"compile": False},
             )
         except FloatingPointError:
-            # The learned network is tested all the same.
+            # The test of the learned network goes on.
             loader.diverged = True
             return
         with torch.no_grad(), trainer.precision_plugin.test_step_context():
@@ -160,11 +155,11 @@ class ResultsTable(Callback):
         self._print(trainer)
 
     def _begin(self, batches: list[Any]) -> None:
-        """Forget what was seen; ``batches`` are the numbers of batches of every dataloader."""
-        self._loaders, self._note, self._network = [_Tested() for _ in batches], "", None
+        """Start new results; ``batches`` holds the number of batches of every dataloader."""
+        self._loaders, self._note, self._network = [_LoaderResults() for _ in batches], "", None
 
     def _build(self, trainer: Trainer, stage: str) -> list[Table]:
-        """The tables of a finished evaluation; collective, for all ranks."""
+        """The tables of a finished evaluation; every rank must call this, since it reduces over ranks."""
         if len(self._loaders) == 1:
             return [self._table(trainer, stage, "", self._loaders[0], f"{_TITLES[stage]} results")]
         return [
@@ -172,7 +167,7 @@ class ResultsTable(Callback):
             for k, loader in enumerate(self._loaders)
         ]
 
-    def _table(self, trainer: Trainer, stage: str, place: str, loader: _Tested, title: str) -> Table:
+    def _table(self, trainer: Trainer, stage: str, place: str, loader: _LoaderResults, title: str) -> Table:
         metrics = {
             name.removeprefix(f"{stage}/").removesuffix(place): float(value)
             for name, value in trainer.callback_metrics.items()
@@ -222,14 +217,9 @@ class ResultsTable(Callback):
 _TITLES = {"val": "Validation", "test": "Test"}
 
 
-def _has_class_indices(episode: Episode) -> bool:
-    targets = episode.query_targets
-    return isinstance(targets, torch.Tensor) and not targets.is_floating_point()
-
-
 def _with_interval(metrics: dict[str, float], name: str, suffix: str) -> str:
     value, interval = metrics.get(name + suffix), metrics.get(f"{name}_interval95{suffix}")
-    # What a module logs by itself, it may log after adaptation only.
+    # A module may log its own metrics only after adaptation.
     return "–" if value is None or interval is None else f"{value:.4g} ± {interval:.2g}"
 
 

@@ -10,7 +10,7 @@ import torch
 class Component:
     """A frozen dataclass of plain settings, which a weights-only checkpoint may hold.
 
-    Every subclass, a user's own too, is registered with ``torch.serialization.add_safe_globals`` when it is defined, so
+    The definition of a subclass, also of a user's own, registers it with ``torch.serialization.add_safe_globals``, so
     that ``load_from_checkpoint`` restores it without unpickling arbitrary code.
     """
 

@@ -1,4 +1,4 @@
-"""Checks of arguments that have the same answer everywhere."""
+"""Argument checks and error texts that all rooms share."""
 
 from __future__ import annotations
 
@@ -6,23 +6,31 @@ from collections.abc import Sequence
 
 
 def require(condition: bool, owner: object, argument: str, requirement: str, found: object, remedy: str) -> None:
-    """Raise a ValueError that names the argument, the requirement, what was found and the remedy."""
+    """Raise a ValueError unless a condition holds.
+
+    Args:
+        condition: the condition.
+        owner: the object whose argument this is, which the message names by its class; None for a function's argument.
+        argument: the argument's name.
+        requirement: what the argument must be.
+        found: what was given instead.
+        remedy: what the user can do about it.
+    """
     if not condition:
-        raise ValueError(f"{type(owner).__name__}: {argument} must be {requirement}; found {found!r}. {remedy}")
+        prefix = "" if owner is None else f"{type(owner).__name__}: "
+        raise ValueError(f"{prefix}{argument} must be {requirement}; found {found!r}. {remedy}")
 
 
 def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise a ValueError unless an argument is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; found {value!r}.")
+    require(value in choices, None, name, f"one of {', '.join(map(repr, choices))}", value, "Pass one of these.")
 
 
 def require_at_least_one(name: str, value: int, remedy: str) -> None:
     """Raise a ValueError unless an argument is at least 1."""
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1; found {value}. {remedy}")
+    require(value >= 1, None, name, "at least 1", value, remedy)
 
 
 def first_line(error: Exception) -> str:
-    """An error's message without the rest of its story."""
+    """The first line of an error's message, without a final full stop."""
     return (str(error).splitlines() or ["no message"])[0].rstrip(".")

@@ -9,5 +9,5 @@ from lightning_imaml.problems.base import Linearization
 
 __all__ = ["Curvature", "GaussNewton", "Hessian", "Linearization"]
 
-# Checkpoints of earlier versions name the classes by the module that this package was.
+# Checkpoints of earlier versions name these classes by the path of this package, which was one module then.
 torch.serialization.add_safe_globals([(kind, f"{__name__}.{kind.__name__}") for kind in (GaussNewton, Hessian)])

@@ -1,4 +1,4 @@
-"""The product with the curvature of the inner problem, linearised once for all products of a solve."""
+"""The interface of curvatures: linearise the inner problem once for all products of a solve."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lightning_imaml.problems.base import Linearization
 from lightning_imaml.problems.supervised import SupervisedProblem
 
 Expansion = tuple[Tensor, Tensor, MatVec]
-"""G, its gradient and the product with its curvature at one point."""
+"""G ``[T]``, ∇G ``[T, D]``, and the map v ↦ (curvature of G) v, both ``[T, D]``, at one point."""
 
 
 class Curvature(Component, ABC):
-    """Which second derivative of the support loss the implicit system and the Hessian-free solver use.
+    """The second derivative of the support loss that the implicit system and the Hessian-free solver use.
 
-    ``damping`` adds that multiple of the identity to the matrix, for every solver that multiplies with it.
+    ``damping`` times the identity is added to the matrix, for every solver.
     """
 
     damping: float = 0.0
@@ -37,7 +37,7 @@ class Curvature(Component, ABC):
 
     @abstractmethod
     def expand(self, problem: SupervisedProblem, parameters: Tensor) -> Expansion:
-        """What :meth:`linearize` compiles where the user asked for it, without damping.
+        """Expand G around ``parameters``, ``[T, D]``, without damping; :meth:`linearize` may compile this.
 
         Returns:
             G ``[T]``, ∇G ``[T, D]``, and the map v ↦ (curvature of G) v, both ``[T, D]``.
@@ -50,7 +50,7 @@ class Curvature(Component, ABC):
 def expansion_of(
     problem: SupervisedProblem, parameters: Tensor, losses: Tensor, gradient: Tensor, product: MatVec
 ) -> Expansion:
-    """The expansion of G = L + R from value and gradient of L, and the product of both."""
+    """The expansion of G = L + R, from the value and gradient of L and the product with the curvature of G."""
     at = (parameters, problem.initial, problem.strengths)
     with torch.no_grad():
         value, slope = problem.regularizer.penalty(*at), problem.regularizer.gradient(*at)

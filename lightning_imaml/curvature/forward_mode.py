@@ -16,18 +16,18 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from lightning_imaml.problems.stock_layers import has_stock_layers_alone
 from lightning_imaml.problems.supervised import TaskLoss
 
-# PyTorch has a single level of dual numbers for all threads.
+# All threads share PyTorch's single level of dual numbers.
 _one_level = threading.RLock()
 
 
 def has_forward_mode(support: TaskLoss) -> bool:
-    """Whether J v may come from the network once more, in forward mode, which costs less than two derivatives do.
+    """Whether J v may come from one more forward pass, in forward mode, which is cheaper than two reverse derivatives.
 
-    Not to the compiler, which takes out what is needless of the two.
+    Recording for the compiler uses the two derivatives, since the compiler removes their needless parts.
     """
     return (
         get_proxy_mode() is None
-        and forward_ad._current_level < 0  # A user's own forward mode, in which there can be no other.
+        and forward_ad._current_level < 0  # PyTorch cannot nest forward mode in a user's own.
         and has_stock_layers_alone(support.model.module)
     )
 
@@ -46,9 +46,9 @@ def push_forward(support: TaskLoss, point: Tensor) -> Callable[[Tensor], Tensor]
 
 
 def push_by_reverse(point: Tensor, outputs: Tensor) -> Callable[[Tensor], Tensor]:
-    """The same map for outputs with a graph, differentiated twice."""
+    """The map of :func:`push_forward`, by differentiating the graph of the outputs twice."""
     with torch.enable_grad():
-        # Jᵀw is linear in w, and its derivative in w is J v.
+        # Jᵀw is linear in w, and its vector-Jacobian product with v is J v.
         weight = torch.zeros_like(outputs, requires_grad=True)
         (pullback,) = torch.autograd.grad(outputs, point, weight, create_graph=True)
     return lambda vector: torch.autograd.grad(pullback, weight, vector, retain_graph=True)[0]
@@ -56,7 +56,7 @@ def push_by_reverse(point: Tensor, outputs: Tensor) -> Callable[[Tensor], Tensor
 
 @functools.cache
 def _load_forward_mode() -> None:
-    """Import what PyTorch's forward mode imports the first time, with a warning about itself."""
+    """Import now what PyTorch imports at the first use of forward mode, and suppress its warning about that import."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         importlib.import_module("torch._decomp.decompositions_for_jvp")

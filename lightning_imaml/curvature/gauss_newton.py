@@ -21,12 +21,12 @@ class GaussNewton(Curvature):
     (cross-entropy, squared error), Jᵀ H_out J is positive semi-definite everywhere; it equals ∇²L where the network is
     linear in its parameters or fits its support set exactly.
 
-    For networks of well-known layers alone (:mod:`lightning_imaml.models`, ``nn.Sequential`` of PyTorch's common ones)
-    a product is one more pass of the network, in forward mode, and one pass back. The outputs of others are
-    differentiated twice, which takes longer, as are those of compiled ones, where it does not.
+    Where all layers are well known (:mod:`lightning_imaml.models`, ``nn.Sequential`` of PyTorch's common layers), a
+    product takes one forward pass in forward mode and one backward pass. Other networks differentiate their outputs
+    twice, which takes longer; compiled code does so too, at no extra cost.
 
     Args:
-        damping: times the identity, added to the matrix.
+        damping: this multiple of the identity is added to the matrix.
 
     Raises:
         ValueError: ``damping`` is negative.
@@ -35,7 +35,7 @@ class GaussNewton(Curvature):
     damping: float = 0.0
 
     def expand(self, problem: SupervisedProblem, parameters: Tensor) -> Expansion:
-        """Linearise G around ``parameters``, ``[T, D]``, with plain PyTorch."""
+        """Expand G around ``parameters``, see :meth:`Curvature.expand`."""
         forward_mode = has_forward_mode(problem.support)
         with torch.enable_grad():
             point = parameters.detach().requires_grad_()
@@ -45,9 +45,9 @@ class GaussNewton(Curvature):
                     f"GaussNewton: the backbone's outputs must be one tensor; found {type(outputs).__name__}. "
                     "Return one tensor, or use curvature=Hessian()."
                 )
-            cut = outputs.detach().requires_grad_()
-            losses = problem.support.from_outputs(cut)
-            (slope,) = torch.autograd.grad(losses.sum(), cut, create_graph=True)
+            detached = outputs.detach().requires_grad_()
+            losses = problem.support.from_outputs(detached)
+            (slope,) = torch.autograd.grad(losses.sum(), detached, create_graph=True)
             (gradient,) = torch.autograd.grad(outputs, point, slope.detach(), retain_graph=True)
         push = push_forward(problem.support, point) if forward_mode else push_by_reverse(point, outputs)
 
@@ -55,7 +55,7 @@ class GaussNewton(Curvature):
             regular = regularizer_product(problem, parameters, vector)
             if not slope.requires_grad:  # A loss that is linear in the outputs has no curvature.
                 return regular
-            (bent,) = torch.autograd.grad(slope, cut, push(vector), retain_graph=True, materialize_grads=True)
+            (bent,) = torch.autograd.grad(slope, detached, push(vector), retain_graph=True, materialize_grads=True)
             (pulled,) = torch.autograd.grad(outputs, point, bent, retain_graph=True)
             return pulled + regular
 

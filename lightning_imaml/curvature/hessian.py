@@ -15,10 +15,10 @@ from lightning_imaml.problems.supervised import SupervisedProblem
 class Hessian(Curvature):
     """The exact Hessian ∇²L + ∇²R, by differentiating the gradient's graph (reverse over reverse).
 
-    Away from a minimum of L it can be indefinite; conjugate gradient then stops early and reports it.
+    Away from a minimum of L the Hessian can be indefinite; conjugate gradient then stops early and reports it.
 
     Args:
-        damping: times the identity, added to the matrix.
+        damping: this multiple of the identity is added to the matrix.
 
     Raises:
         ValueError: ``damping`` is negative.
@@ -27,7 +27,7 @@ class Hessian(Curvature):
     damping: float = 0.0
 
     def expand(self, problem: SupervisedProblem, parameters: Tensor) -> Expansion:
-        """Linearise G around ``parameters``, ``[T, D]``, with plain PyTorch."""
+        """Expand G around ``parameters``, see :meth:`Curvature.expand`."""
         with torch.enable_grad():
             point = parameters.detach().requires_grad_()
             losses = problem.support.value(point)

@@ -1,4 +1,4 @@
-"""The network without meta-learning: random weights, adapted to the same tasks by the same solver."""
+"""The baseline without meta-learning: the same network with random weights."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import nn
 
 
 def reinitialised(network: nn.Module, seed: int) -> tuple[nn.Module, list[str]]:
-    """Copy a network and draw its parameters anew, by the ``reset_parameters`` of its modules.
+    """Copy a network and draw new parameters by the ``reset_parameters`` of its modules.
 
     Args:
-        network: the network; not touched.
-        seed: of the new parameters. The global random state is left as it is.
+        network: the network, which stays unchanged.
+        seed: the seed of the new parameters. The global random state stays unchanged.
 
     Returns:
-        The copy, in the same mode, and the names of the submodules that have parameters of their own but neither they
-        nor a module around them has ``reset_parameters``; with any such name, the copy is not random.
+        The copy, in the same mode; and the names of submodules with parameters of their own for which neither they nor
+        a module around them has ``reset_parameters``. With any such name, the copy is not random.
     """
-    # Tensors made in inference mode, where test loops run, could not be updated in place by an initialiser.
+    # Test loops run in inference mode, whose tensors an initialiser cannot write to in place.
     with torch.inference_mode(False), torch.random.fork_rng(), torch.no_grad():
         fresh = copy.deepcopy(network)
         torch.manual_seed(seed)
@@ -32,7 +32,7 @@ def _reset(module: nn.Module, name: str, covered: bool) -> list[str]:
     missed = []
     for child_name, child in module.named_children():
         missed += _reset(child, f"{name}.{child_name}".lstrip("."), covered)
-    # After its children: a network's own initialiser has the last word over that of its layers.
+    # Reset a module after its children, so that a network's own initialiser overrides those of its layers.
     if callable(reset):
         reset()
     if not covered and any(True for _ in module.parameters(recurse=False)):

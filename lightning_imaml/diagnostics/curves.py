@@ -1,4 +1,4 @@
-"""Draw training curves as panels, one for each kind of number that there is."""
+"""Draw training curves in panels, one for each kind of metric."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Panel:
     """A panel of the picture.
 
     Attributes:
-        title: what it shows.
-        unit: the vertical axis.
-        curves: metric name to label.
+        title: the title.
+        unit: the label of the vertical axis.
+        curves: metric name to the label of its curve.
         bands: metric name to the metric that holds the half-width of its 95 % interval.
-        trusted: metric name to the metric that is 0 where its points are not to be trusted; those are hollow.
+        trusted: metric name to the metric that is 0 at its doubtful points, which are drawn hollow.
         logarithmic: whether the vertical axis is logarithmic.
         from_zero: whether the vertical axis begins at zero, so that heights compare.
     """
@@ -73,14 +73,14 @@ PANELS = (
 
 
 def drawn_metrics() -> list[str]:
-    """All metrics that some panel shows or marks its points by."""
+    """All metrics that some panel reads."""
     return [name for panel in PANELS for name in (*panel.curves, *panel.bands.values(), *panel.trusted.values())]
 
 
 def draw(points: Points) -> Figure:
     """Draw the panels for which there are points, two in a row."""
     panels = [panel for panel in PANELS if any(points.get(name) for name in panel.curves)]
-    # The Figure class itself draws with Agg; pyplot would keep the figure, and the user's backend, in global state.
+    # A bare Figure draws with Agg; pyplot would change global state: the open figures and the user's backend.
     columns = min(2, max(1, len(panels)))
     rows = max(1, -(-len(panels) // columns))
     figure = Figure(figsize=(5.0 * columns, 3.4 * rows), layout="constrained")
@@ -97,7 +97,7 @@ def _draw_panel(axes: Axes, panel: Panel, points: Points) -> None:
             continue
         steps, values = zip(*curve, strict=True)
         drawn.extend(values)
-        # Markers where a line through the points would hide how few they are.
+        # Markers show how few points there are.
         (line,) = axes.plot(steps, values, label=label, marker="o" if len(curve) < 30 else None, markersize=3)
         widths = dict(points.get(panel.bands.get(name, ""), ()))
         if widths:

@@ -1,4 +1,4 @@
-"""What a callback needs of the module it watches."""
+"""Check that a module has the interface that a callback needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def require_interface(callback: object, module: LightningModule, names: tuple[st
     """Check that the module has the attributes of ``IMAMLModule`` that the callback reads.
 
     Raises:
-        TypeError: one is missing.
+        TypeError: an attribute is missing; the message names it.
     """
     missing = [name for name in names if not hasattr(module, name)]
     if missing:

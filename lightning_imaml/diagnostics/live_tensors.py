@@ -1,4 +1,4 @@
-"""Exact count of the bytes held by live tensors, for devices whose allocator keeps no count of its own."""
+"""Count the bytes of live tensors exactly, for devices whose allocator does not count."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveTensorBytes(TorchDispatchMode):
-    """Count the bytes of the tensors made in a ``with`` block, from the making of each storage until it dies.
+    """Count the bytes of the tensors made in a ``with`` block, from the creation of each storage until it is freed.
 
-    A storage is counted once, by the bytes it holds, however many views share it, and as long as anything holds it,
-    the autograd graph included. The count does not depend on an allocator or on the machine: two runs of the same code
-    give the same number. It sees through ``torch.func`` transforms and repeated differentiation.
+    A storage counts once, by the bytes it holds, however many views share it, and as long as anything holds it, the
+    autograd graph included. The count does not depend on an allocator or on the machine: two runs of the same code
+    give the same number. It includes tensors inside ``torch.func`` transforms and repeated differentiation.
 
-    Not counted: scratch space that a kernel takes and returns within one operation, storages that existed before the
-    block (unless given to ``track``), sparse tensors and the insides of tensor subclasses. With ``compile=True``
-    the code runs uncompiled in the block, so the count is that of the eager code. Every operation costs some
-    microseconds more in the block.
+    The count leaves out scratch space that a kernel takes and returns within one operation, storages that existed
+    before the block (unless given to ``track``), sparse tensors and the insides of tensor subclasses. With
+    ``compile=True`` the code in the block runs eagerly, so the count is that of eager code. Every operation in the
+    block takes some microseconds longer.
 
     Attributes:
-        current: bytes held now.
-        peak: most bytes held since the beginning, or since the last ``reset_peak``.
+        current: the bytes held now.
+        peak: the most bytes held since the beginning, or since the last ``reset_peak``.
 
     Example:
         >>> x = torch.ones(1024)
@@ -40,7 +40,7 @@ class LiveTensorBytes(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.current = 0
         self.peak = 0
-        # By the address of the C++ storage, which stays the same as long as the storage lives.
+        # The key is the address of the C++ storage, which stays the same as long as the storage lives.
         self._live: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
 
     def track(self, tensors: Iterable[Tensor]) -> None:
@@ -49,7 +49,7 @@ class LiveTensorBytes(TorchDispatchMode):
             self._count(tensor, lambda _: True)
 
     def reset_peak(self) -> None:
-        """Forget the peak so far: the new peak starts at what is held now."""
+        """Start a new peak at the bytes held now."""
         self.peak = self.current
 
     def __torch_dispatch__(
@@ -60,7 +60,7 @@ class LiveTensorBytes(TorchDispatchMode):
         out = func(*args, **kwargs)
 
         def is_new(address: int) -> bool:
-            # torch.tensor(...) fills its storage unseen and then passes it through lift_fresh.
+            # A dispatch mode does not see how torch.tensor(...) fills its storage, only lift_fresh afterwards.
             if func is torch.ops.aten.lift_fresh.default:
                 return True
             given = (t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
@@ -78,10 +78,10 @@ class LiveTensorBytes(TorchDispatchMode):
         storage = tensor.untyped_storage()
         ref, before = self._live.get(address, (None, 0))
         if ref is None:
-            # A view or in-place result of a tensor from outside the block is no new memory.
+            # A view or an in-place result of a tensor from outside the block takes no new memory.
             if not is_new(address):
                 return
-            # The wrapper object of a storage lives as long as the storage itself, whoever holds it, C++ included.
+            # The Python object of a storage lives as long as the storage itself, also where only C++ holds it.
             ref = weakref.ref(storage, lambda _: self._forget(address))
         elif storage.nbytes() == before:
             return

@@ -1,4 +1,4 @@
-"""Peaks of nested phases from one counter that knows a single peak."""
+"""Find the peaks of nested phases with a counter that has a single peak."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Protocol
 import torch
 
 MONITOR = "monitor"
-"""The phase in which a monitor does work of its own, which is no part of the training that others measure."""
+"""The phase of a monitor's own work, which does not count as training."""
 
 
 class PeakCounter(Protocol):
-    """A count of bytes in use, with the most it has been since the last reset."""
+    """A counter of the bytes in use, and of their peak since the last reset."""
 
     @property
     def peak(self) -> int:
-        """Most bytes in use since the last reset."""
+        """The most bytes in use since the last reset."""
 
     def reset_peak(self) -> None:
-        """Let the peak start again at the bytes in use now."""
+        """Start a new peak at the bytes in use now."""
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,23 @@ class CudaAllocated:
 
     @property
     def peak(self) -> int:
-        """Most bytes allocated since the last reset (``torch.cuda.max_memory_allocated``)."""
+        """The most bytes allocated since the last reset (``torch.cuda.max_memory_allocated``)."""
         return torch.cuda.max_memory_allocated(self.device)
 
     def reset_peak(self) -> None:
-        """Let the peak start again at the bytes allocated now."""
+        """Start a new peak at the bytes allocated now."""
         torch.cuda.reset_peak_memory_stats(self.device)
 
 
 class NestedPeaks:
     """A ``PhaseListener`` that finds the peak of every phase, although phases nest and the counter has only one peak.
 
-    The counter's peak is read and reset at each boundary between phases, and the reading is credited to all the phases
-    open until then: an inner phase's reset so loses nothing of the outer one's peak, and the outer one's earlier
-    peak is not mistaken for the inner one's. No device synchronisation is needed: allocation happens on the host.
+    Each boundary between phases reads and resets the counter's peak, and credits it to all phases that were open until
+    then. So the reset of an inner phase loses nothing of the outer phase's peak, and the outer phase's earlier peak
+    does not count for the inner phase. The host allocates memory, so the device need not be synchronised.
 
     Attributes:
-        peaks: phase to the most bytes in use during it, over all its occurrences; without those that have not begun.
+        peaks: phase to the most bytes in use during it, over all its occurrences.
     """
 
     def __init__(self, counter: PeakCounter) -> None:
@@ -65,7 +65,7 @@ class NestedPeaks:
         self._open.pop()
 
     def _boundary(self) -> None:
-        # Whatever happens while a monitor works is credited to nobody.
+        # Memory that a monitor uses counts for no phase.
         if MONITOR not in self._open:
             peak = self._counter.peak
             for name in self._open:

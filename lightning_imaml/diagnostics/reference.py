@@ -29,8 +29,8 @@ class MetaGradientError(NamedTuple):
         converged: whether the inner and the linear residual of every task are within the reference's tolerances.
         inner_residual: the largest ‖∇_φ G‖ of a task at the reference's φ.
         linear_residual: the largest ‖b − A u‖ / ‖b‖ of a task.
-        indefinite: the share of tasks whose exact system was found not positive definite. Such a φ is a stationary
-            point but no minimum of the inner problem, or the inner problem was not solved.
+        indefinite: the share of tasks whose exact system is not positive definite. Their φ is a stationary point but
+            no minimum of the inner problem, or the inner problem is not solved.
     """
 
     relative_error: float
@@ -43,23 +43,22 @@ class MetaGradientError(NamedTuple):
 
 @dataclass(frozen=True)
 class ExactReference:
-    """The meta-gradient with both of its problems solved to a tight tolerance.
+    """The meta-gradient with the inner problem and the linear system solved to a tight tolerance.
 
-    From the same initialisation, the same kind of inner solver goes on until ‖∇_φ G‖ ≤ ``tol``; then the system with
-    the exact Hessian is solved, by ``Direct`` up to ``direct_limit`` parameters and by ``MinRes`` beyond, which an
-    indefinite Hessian does not stop. The result is the paper's exact meta-gradient (arXiv 1909.04630, Lemma 1) to
-    within the tolerances. A backbone that draws random numbers, as dropout does, has no such gradient: its reference
-    does not converge, and says so.
+    The inner solver runs from the same initialisation until ‖∇_φ G‖ ≤ ``tol``. Then the system with the exact Hessian
+    is solved: by ``Direct`` up to ``direct_limit`` parameters, and by ``MinRes`` beyond, which also solves indefinite
+    systems. The result is the paper's exact meta-gradient (arXiv 1909.04630, Lemma 1) to within the tolerances. A
+    backbone that draws random numbers, as dropout does, has no such gradient, and its reference does not converge.
 
     Args:
         steps: the most inner steps.
-        tol: absolute tolerance of the inner problem, on ‖∇_φ G‖.
+        tol: the absolute tolerance on ‖∇_φ G‖.
         linear_steps: the most MINRES iterations.
-        rtol: relative tolerance of the linear system.
+        rtol: the relative tolerance of the linear system.
         direct_limit: the most parameters D for ``Direct``, which needs D Hessian products and D² numbers a task.
-        double: compute in float64. In float32 a Hessian product is good to about 1e-6 of the largest eigenvalue, and
-            tolerances near that mean nothing. Switch it off for devices without float64, and for losses that hold
-            float32 tensors of their own.
+        double: compute in float64. The error of a Hessian product in float32 is about 1e-6 of the largest eigenvalue,
+            and tolerances near that mean nothing. Set it to False for devices without float64, and for losses that
+            hold float32 tensors.
     """
 
     steps: int = 1000
@@ -70,7 +69,7 @@ class ExactReference:
     double: bool = True
 
     def inner_solver(self, solver: Any) -> Any:
-        """The same solver, with the reference's steps and tolerance.
+        """The module's inner solver with the steps and the tolerance of the reference.
 
         Raises:
             TypeError: the solver is not a dataclass with a field ``steps``.
@@ -78,7 +77,7 @@ class ExactReference:
         fields = {field.name for field in dataclasses.fields(solver)} if dataclasses.is_dataclass(solver) else set()
         if "steps" not in fields:
             raise TypeError(
-                f"inner_solver must be a dataclass with a field 'steps', so that it can go on to convergence; "
+                f"inner_solver must be a dataclass with a field 'steps', so that it can run until convergence; "
                 f"found {type(solver).__name__}. Use a solver of lightning_imaml.inner, or compute without reference."
             )
         return dataclasses.replace(
@@ -99,24 +98,24 @@ class ExactReference:
         adapt_only: Sequence[str] | None = None,
         **problem: Any,
     ) -> MetaGradient:
-        """Compute the reference; ``model`` is not touched.
+        """Compute the reference; ``model`` stays unchanged.
 
         Args:
             model: the backbone at the initialisation θ.
             episode: the tasks.
-            inner_solver: the solver whose kind and step size to use.
+            inner_solver: the solver, whose steps and tolerance the reference replaces.
             strengths: learned strengths of the regulariser.
             adapt_only: patterns over the names of the parameters that adapt; None for all.
             **problem: ``loss``, ``outer_loss``, ``regularizer`` and ``chunk_size`` of ``functional.meta_gradient``.
 
         Raises:
-            TypeError: the inner solver cannot go on, see :meth:`inner_solver`.
-            FloatingPointError: the inner solver diverges when it goes on.
+            TypeError: the inner solver has no field ``steps``, see :meth:`inner_solver`.
+            FloatingPointError: the inner solver diverges in its further steps.
             torch.linalg.LinAlgError: the exact system is singular.
         """
         solver = self.inner_solver(inner_solver)
         size = sum(FlatModel(model, adapt_only=adapt_only).layout.sizes)
-        # A copy in either precision: the forward passes may write to buffers.
+        # Copy in any case: the forward passes may write to buffers.
         model = copy.deepcopy(model)
         values = None if strengths is None else {name: value.detach() for name, value in strengths.items()}
         if self.double:
@@ -130,7 +129,7 @@ class ExactReference:
     def compare(self, grads: Mapping[str, Tensor], reference: MetaGradient) -> MetaGradientError:
         """Measure the distance of ``grads``, name to gradient, from the reference, over all names together."""
         exact = torch.cat([g.detach().reshape(-1).double().cpu() for g in reference.grads.values()])
-        # No .double() on the device: MPS has no float64.
+        # Convert after the move to the CPU: MPS has no float64.
         found = torch.cat([grads[name].detach().reshape(-1).cpu().double() for name in reference.grads])
         scale = exact.norm()
         inner = float(reference.adapted.residual.max())
@@ -140,7 +139,7 @@ class ExactReference:
         return MetaGradientError(
             relative_error=float((found - exact).norm() / scale),
             cosine=float(found @ exact / (found.norm() * scale)),
-            # NaN compares false, as it should.
+            # NaN compares as false, so it counts as not converged.
             converged=inner <= self.tol and residual <= self.rtol,
             inner_residual=inner,
             linear_residual=residual,

@@ -24,9 +24,9 @@ class Adapted(NamedTuple):
 
     Attributes:
         parameters: name → ``[T, ...]``.
-        steps: inner steps that each task took, ``[T]``.
+        steps: the inner steps that each task took, ``[T]``.
         residual: ‖∇G‖ at the parameters, ``[T]``.
-        converged: whether the residual is within the inner solver's tolerance, ``[T]``; with ``tol=0``, hardly ever.
+        converged: whether the residual is within the inner solver's tolerance, ``[T]``; almost never with ``tol=0``.
     """
 
     parameters: dict[str, Tensor]
@@ -52,7 +52,7 @@ def adapt(
 ) -> Adapted:
     """Adapt a network to T tasks, each on its own support set.
 
-    Works in inference mode too, and never builds a second-order graph.
+    It works in inference mode too, and never builds a second-order graph.
 
     Example:
         >>> from lightning_imaml.inner import GradientDescent
@@ -73,26 +73,18 @@ def adapt(
         adapt_only: patterns over the names of trainable parameters (``*``, ``?``): those that match adapt, all others
             stay as they are. None adapts all.
         chunk_size: the most tasks at once, which bounds memory; None chooses it from the size of a task.
-        compile: compile the inner loop and the linear solve by PyTorch's Inductor. Each new shape of batch takes about
-            a minute. Where that fails, one warning says why, and all runs as without. Pass the same loss
-            object every time: another one is compiled anew.
+        compile: compile the inner loop and the linear solve with PyTorch's Inductor. Each new shape of batch takes
+            about a minute. Where that fails, one warning says why, and everything runs eagerly. Pass the same loss
+            object every time, since each object is compiled by itself.
         full_precision: leave ``torch.autocast``, and solve in float32 where the network's parameters have fewer bits.
-            The results are float32 then, too. Otherwise everything runs in the precision that it finds.
+            The results are float32 then, too. False keeps the precision of the parameters and of autocast.
 
     Raises:
         ValueError: an argument does not fit, see the message.
         FloatingPointError: a task's adaptation is not finite or explodes; the message names the tasks.
     """
     settings = Settings(
-        loss=loss,
-        inner_solver=inner_solver,
-        regularizer=regularizer,
-        strengths=strengths,
-        rates=rates,
-        adapt_only=adapt_only,
-        chunk_size=chunk_size,
-        compile=compile,
-        full_precision=full_precision,
+        loss, None, inner_solver, regularizer, strengths, rates, adapt_only, chunk_size, compile, full_precision
     )
     episode = Episode(support_inputs, support_targets, support_inputs, support_targets)
     solve = Solve(model, episode, settings)
@@ -105,8 +97,7 @@ def adapt(
         residual = torch.cat(residuals)
         quantities = {"the inner loop's gradient norm": residual}
         if bad_tasks.find(quantities).any():
-            raise FloatingPointError(
-                bad_tasks.describe(quantities, torch.arange(len(residual), device=residual.device))
-            )
+            tasks = torch.arange(len(residual), device=residual.device)
+            raise FloatingPointError(bad_tasks.describe(quantities, tasks))
         parameters = solve.network.unflatten(torch.cat([s.parameters for s in solutions]))
     return Adapted(parameters, torch.cat([s.steps for s in solutions]), residual, residual <= inner_solver.tol)

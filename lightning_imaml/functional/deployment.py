@@ -1,4 +1,4 @@
-"""From adapted parameters to a network that is used like any other."""
+"""Turn adapted parameters into a plain network."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from lightning_imaml.components.checks import require
 from lightning_imaml.problems.support_set import SupportLayer, require_support_inputs
 
 
 def adapted_network(
     model: nn.Module, parameters: Mapping[str, Tensor], *, task: int = 0, support_inputs: Any = None
 ) -> nn.Module:
-    """A plain network that has adapted to one task: to save, export, compile and serve.
+    """A plain network that has adapted to one task, to save, export, compile and serve.
 
     The copy is in evaluation mode, requires no gradients and knows nothing of meta-learning. Layers that normalise by
     the statistics of the support set (:class:`lightning_imaml.models.SupportNorm`) become PyTorch's BatchNorm with
@@ -56,17 +57,14 @@ def adapted_network(
         network = copy.deepcopy(model).to(first.device, first.dtype).eval().requires_grad_(False)
         own = dict(network.named_parameters(remove_duplicate=False))
         unknown = [name for name in parameters if name not in own]
-        if unknown:
-            raise ValueError(
-                f"parameters must belong to the network; found {unknown}, which {type(model).__name__} does not have. "
-                "Pass the network that was adapted."
-            )
+        names = f"named as those of {type(model).__name__}"
+        require(not unknown, None, "parameters", names, unknown, "Pass the network that was adapted.")
         for name, values in parameters.items():
             own[name].copy_(values[task])
         require_support_inputs(network, support_inputs)
         if support_inputs is not None:
             _freeze_statistics(network, pytree.tree_map(lambda t: _cast(t[task].clone(), first), support_inputs))
-    if any(isinstance(layer, _BatchNorm) and layer.running_mean is None for layer in network.modules()):
+    if uses_batch_statistics(network):
         warnings.warn(
             f"a deployed network should treat each sample by itself; found that {type(model).__name__} normalises by "
             "the statistics of the batch at hand (BatchNorm without running statistics), so that an output depends on "
@@ -77,15 +75,20 @@ def adapted_network(
     return network
 
 
+def uses_batch_statistics(network: nn.Module) -> bool:
+    """Whether a BatchNorm layer normalises by the statistics of the batch at hand."""
+    return any(isinstance(layer, _BatchNorm) and layer.running_mean is None for layer in network.modules())
+
+
 def _cast(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device)
 
 
 def _freeze_statistics(network: nn.Module, support_inputs: Any) -> None:
-    """Replace the layers that look at the support set, by one pass over it."""
+    """Replace the layers that read the support set by BatchNorm with its statistics, in one pass over it."""
     frozen: dict[nn.Module, nn.Module] = {}
 
-    def look(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def freeze(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         if layer in frozen:
             raise ValueError(
                 f"each SupportNorm layer must be used once in a forward pass; found one that {type(network).__name__} "
@@ -95,7 +98,7 @@ def _freeze_statistics(network: nn.Module, support_inputs: Any) -> None:
         frozen[layer] = layer.frozen(*inputs)
 
     layers = [layer for layer in network.modules() if isinstance(layer, SupportLayer)]
-    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(freeze) for layer in layers]
     try:
         network(support_inputs)
     finally:

@@ -34,9 +34,9 @@ class MetaGradient(NamedTuple):
         grads: dF/dη averaged over tasks, for the names of ``model.named_parameters()`` that are trainable,
             ``regularizer.<name>`` for learned strengths and ``inner_solver.<name>`` for learned step sizes.
         adapted: the adapted networks.
-        linear: the outcome of the linear solve; None for estimators without one.
+        linear: the solution of the linear system; None for estimators without one.
         query_outputs: the adapted networks' outputs on the query sets, ``[T, n, ...]``.
-        tasks: the indices in the episode of these T tasks; all of them, unless bad ones were left out.
+        tasks: the indices of these T tasks in the episode; bad tasks may be missing.
     """
 
     loss: Tensor
@@ -94,31 +94,22 @@ def meta_gradient(
         adapt_only: patterns over the names of trainable parameters (``*``, ``?``): those that match adapt. The others,
             ω, are shared by all tasks, and have their gradient dF/dω in ``grads``. None adapts all.
         chunk_size: the most tasks at once, which bounds memory; None chooses it from the size of a task.
-        compile: compile the inner loop and the linear solve by PyTorch's Inductor. Each new shape of batch takes about
-            a minute. Where that fails, one warning says why, and all runs as without. Pass the same loss
-            object every time: another one is compiled anew.
+        compile: compile the inner loop and the linear solve with PyTorch's Inductor. Each new shape of batch takes
+            about a minute. Where that fails, one warning says why, and everything runs eagerly. Pass the same loss
+            object every time, since each object is compiled by itself.
         full_precision: leave ``torch.autocast``, and solve in float32 where the network's parameters have fewer bits.
-            The results are float32 then, too. Otherwise everything runs in the precision that it finds.
+            The results are float32 then, too. False keeps the precision of the parameters and of autocast.
         on_bad_task: what to do with a task whose loss, residual or gradient is NaN, infinite or larger than the square
-            root of the dtype's largest number: raise an error, or skip it, which takes the mean over the others. Then a
-            warning names it, the batch is computed again without it, and ``result.tasks`` holds the tasks that are
-            left; if none is left, the gradient is zero.
+            root of the dtype's largest number. "raise" raises an error. "skip" warns, names the task, computes the
+            batch again without it and takes the mean over the others; ``result.tasks`` holds the tasks that are left.
+            If none is left, the gradient is zero.
 
     Raises:
         ValueError: an argument does not fit, see the message.
         FloatingPointError: a task is bad, see ``on_bad_task``; the message names it.
     """
     settings = Settings(
-        loss,
-        outer_loss,
-        inner_solver,
-        regularizer,
-        strengths,
-        rates,
-        adapt_only,
-        chunk_size,
-        compile,
-        full_precision,
+        loss, outer_loss, inner_solver, regularizer, strengths, rates, adapt_only, chunk_size, compile, full_precision
     )
     require_choice("on_bad_task", on_bad_task, ("raise", "skip"))
     solve = Solve(model, episode, settings, estimator.differentiated_steps(inner_solver))
@@ -135,11 +126,11 @@ def meta_gradient(
             quantities = _quantities(result)
             bad = bad_tasks.find(quantities)
             if not bad.any() and not _sound_gradient(result):
-                # Every number of each task looked well: whose share of the gradient is it?
+                # All numbers of the tasks are sound, but their gradient is not: find the task whose share is bad.
                 shares = [0.0 if _sound_gradient(of_tasks(task[None])) else torch.nan for task in tasks]
                 quantities = {"the meta-gradient": result.loss.new_tensor(shares)}
                 bad = bad_tasks.find(quantities)
-                bad |= ~bad.any()  # Only their sum is too large.
+                bad |= ~bad.any()  # Each share is sound; only the sum is too large.
                 quantities["the meta-gradient"].masked_fill_(bad, torch.nan)
             if not bad.any():
                 return result
@@ -148,12 +139,12 @@ def meta_gradient(
                 raise FloatingPointError(message)
             warnings.warn(f"{message} They are left out of the meta-gradient.", stacklevel=2)
             if bad.all():
-                return _nothing_of(result)
+                return _zero_meta_gradient(result)
             tasks = tasks[~bad]
 
 
 def _quantities(result: MetaGradient) -> dict[str, Tensor]:
-    """The numbers that a task is judged by, ``[T]`` each."""
+    """The numbers that show whether a task is bad, ``[T]`` each."""
     found = {"the inner loop's gradient norm": result.adapted.residual, "the outer loss": result.loss}
     return found if result.linear is None else found | {"the linear solve's residual": result.linear.residual}
 
@@ -162,10 +153,10 @@ def _sound_gradient(result: MetaGradient) -> bool:
     return bool(torch.stack([bad_tasks.sound(g).all() for g in result.grads.values()]).all())
 
 
-def _nothing_of(result: MetaGradient) -> MetaGradient:
+def _zero_meta_gradient(result: MetaGradient) -> MetaGradient:
     """The meta-gradient of no tasks: zero."""
     grads = {name: torch.zeros_like(gradient) for name, gradient in result.grads.items()}
-    # Without the gradients, which have no dimension of tasks and may have none at all.
+    # Gradients have no dimension of tasks, so they stay out of the slicing.
     empty: MetaGradient = pytree.tree_map_only(Tensor, lambda t: t[:0], result._replace(grads={}))
     return empty._replace(grads=grads)
 

@@ -1,4 +1,4 @@
-"""Predict with adapted networks, and judge them."""
+"""Predict with adapted networks, and evaluate them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from lightning_imaml.components.checks import require
 from lightning_imaml.functional.preparation import classes_of
 from lightning_imaml.functional.settings import check_chunk_size
 from lightning_imaml.problems.chunks import default_chunk_size
@@ -34,15 +35,15 @@ def predict(
         parameters: ``Adapted.parameters``, name → ``[T, ...]``.
         inputs: ``[T, n, ...]``.
         support_inputs: the inputs that the parameters were adapted to, ``[T, s, ...]``. A network that normalises by
-            their statistics needs them (:class:`lightning_imaml.models.SupportNorm`), others do not look at them.
+            their statistics needs them (:class:`lightning_imaml.models.SupportNorm`); others ignore them.
         chunk_size: the most tasks at once; None chooses it from the size of a task.
 
     Returns:
         ``[T, n, ...]``, computed in the dtype of ``parameters``.
 
     Raises:
-        ValueError: the inputs are of more or fewer tasks than the parameters; or the network needs the support inputs,
-            and they are lacking or do not fit.
+        ValueError: the inputs have more or fewer tasks than the parameters; or the network needs the support inputs,
+            and they are missing or do not fit.
     """
     flat = _network_of(model, parameters, "inputs", inputs)
     return predict_rows(flat, flat.flatten(parameters), inputs, support_inputs, chunk_size)
@@ -66,14 +67,14 @@ def evaluate(
         inputs: ``[T, n, ...]``.
         targets: ``[T, n]`` or ``[T, n, ...]``.
         loss: ``loss(outputs, targets) -> scalar`` for one task.
-        support_inputs: as for :func:`predict`.
+        support_inputs: the inputs that the parameters were adapted to, see :func:`predict`.
         chunk_size: the most tasks at once; None chooses it from the size of a task.
 
     Returns:
         The losses ``[T]`` and the outputs ``[T, n, ...]``.
 
     Raises:
-        ValueError: the targets do not fit the outputs, or as for :func:`predict`.
+        ValueError: the targets do not fit the outputs, or :func:`predict` raises.
     """
     flat = _network_of(model, parameters, "targets", targets)
     _require_same_tasks(parameters, "inputs", inputs)
@@ -100,7 +101,7 @@ def predict_rows(
 
 
 def _network_of(model: nn.Module, parameters: Mapping[str, Tensor], name: str, tree: Any) -> FlatModel:
-    """The network with what was adapted in its rows, for a tree of the same tasks."""
+    """The network with the adapted parameters in its rows; raises a ValueError unless ``tree`` has the same tasks."""
     _require_same_tasks(parameters, name, tree)
     return FlatModel(model, dtype=next(iter(parameters.values())).dtype, adapt_only=tuple(parameters))
 
@@ -108,8 +109,6 @@ def _network_of(model: nn.Module, parameters: Mapping[str, Tensor], name: str, t
 def _require_same_tasks(parameters: Mapping[str, Tensor], name: str, tree: Any) -> None:
     parts = (pytree.tree_leaves(part) for part in (dict(parameters), tree))
     found = [sorted({leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}) for leaves in parts]
-    if found[0] != found[1] or len(found[0]) != 1:
-        raise ValueError(
-            f"parameters and {name} must be of the same tasks, [T, ...] each; found T = {found[0]} and {found[1]}. "
-            f"Pass the {name} of the tasks that the parameters were adapted to, with .unsqueeze(0) for one task."
-        )
+    same = found[0] == found[1] and len(found[0]) == 1
+    remedy = f"Pass the {name} of the tasks that the parameters were adapted to, with .unsqueeze(0) for one task."
+    require(same, None, f"parameters and {name}", "of the same number T of tasks, [T, ...] each", found, remedy)

@@ -1,4 +1,4 @@
-"""What happens before a batch of tasks is solved: checks, chunks, precision."""
+"""Prepare the solve of a batch of tasks: checks, chunks, precision."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from lightning_imaml.components.checks import require
 from lightning_imaml.episodes import Episode, clone_inference_tensors
 from lightning_imaml.functional.settings import Settings
 from lightning_imaml.parameters.layout import Layout
@@ -22,7 +23,7 @@ from lightning_imaml.problems.support_set import concat_support
 from lightning_imaml.runtime.attention import plain_attention
 from lightning_imaml.runtime.precision import default_dtype, full_float32
 
-# What was last asked of a network's regulariser and solver: whose it is, of which parameters, and names and shapes.
+# Cache per network: the owner (a regulariser or a solver), the layout, and the names and shapes that the owner learns.
 _needed: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[object, Layout, dict[str, list[int]]]]]
 _needed = weakref.WeakKeyDictionary()
 
@@ -33,7 +34,7 @@ class Solve:
     Args:
         model: the network.
         episode: the tasks.
-        settings: how to solve them.
+        settings: the settings of the solve.
         differentiated_steps: how many inner steps the estimator differentiates.
 
     Attributes:
@@ -51,7 +52,7 @@ class Solve:
         _require_fitting(flat, episode)
         self.support_classes = classes_of("support_targets", episode.support_targets, settings.loss)
         if episode.query_targets is episode.support_targets and settings.query_loss is settings.loss:
-            # Adaptation alone, without a query set; the host waits for a device only once.
+            # Adaptation alone has no query set; checking it again would make the host wait for the device twice.
             self.query_classes = self.support_classes
         else:
             self.query_classes = classes_of("query_targets", episode.query_targets, settings.query_loss)
@@ -61,7 +62,7 @@ class Solve:
             _require_learned("rates", settings.rates, settings.inner_solver, "rates", flat)
 
     def chunks(self, episode: Episode) -> Iterator[tuple[SupervisedProblem, TaskLoss]]:
-        """The inner problem and the query loss of each chunk of tasks; to be called within :meth:`precision`."""
+        """The inner problem and the query loss of each chunk of tasks; call it within :meth:`precision`."""
         flat, settings = self.network, self.settings
         initial, state = flat.initial(), flat.state() if flat.shared else None
         regularizer = settings.regularizer.for_layout(flat.layout)
@@ -90,7 +91,7 @@ class Solve:
 
     @contextmanager
     def precision(self) -> Iterator[None]:
-        """Leave inference mode, which cannot differentiate, and autocast: a bf16 Hessian product is wrong by 5e-3."""
+        """Leave inference mode, which cannot differentiate, and autocast, whose bf16 products are wrong by 5e-3."""
         flat = self.network
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
@@ -98,7 +99,7 @@ class Solve:
             if self.settings.full_precision:
                 stack.enter_context(torch.autocast(flat.device.type, enabled=False))
                 stack.enter_context(full_float32())
-            if flat.dtype != flat.stored_dtype:  # What the network makes anew must fit, too.
+            if flat.dtype != flat.stored_dtype:  # New tensors inside the network must fit.
                 stack.enter_context(default_dtype(flat.dtype))
             yield
 
@@ -112,30 +113,25 @@ def _require_fitting(flat: FlatModel, episode: Episode) -> None:
     """Raise a ValueError unless the inputs have the network's device and dtype."""
     for name in ("support_inputs", "query_inputs"):
         for leaf in pytree.tree_leaves(getattr(episode, name)):
-            if leaf.device != flat.device:
-                raise ValueError(
-                    f"{name} must be on the backbone's device {flat.device}; found {leaf.device}. Move one of them "
-                    "with .to(device)."
-                )
-            if leaf.is_floating_point() and leaf.dtype != flat.stored_dtype:
-                raise ValueError(
-                    f"{name} must have the backbone's dtype {flat.stored_dtype}; found {leaf.dtype}. "
-                    f"Convert the episode with .to({flat.stored_dtype}), or the backbone with .to({leaf.dtype})."
-                )
+            device, dtype = f"on the backbone's device {flat.device}", f"of the backbone's dtype {flat.stored_dtype}"
+            require(
+                leaf.device == flat.device, None, name, device, str(leaf.device), "Move one of them with .to(device)."
+            )
+            fits = leaf.dtype == flat.stored_dtype or not leaf.is_floating_point()
+            remedy = f"Convert the episode with .to({flat.stored_dtype}), or the backbone with .to({leaf.dtype})."
+            require(fits, None, name, dtype, leaf.dtype, remedy)
 
 
 def _require_learned(argument: str, given: Mapping[str, Tensor], owner: object, method: str, flat: FlatModel) -> None:
-    """Raise a ValueError unless these are what a regulariser or a solver learns, by name and shape."""
+    """Raise a ValueError unless ``given`` has the names and shapes that a regulariser or a solver learns."""
     last = _needed.setdefault(flat.module, {})
     if argument not in last or last[argument][0] is not owner or last[argument][1] != flat.layout:
-        # Not in every step: the first values of a matrix take longer than the rest of the preparation.
+        # Cached, since the first values of a matrix take longer than the rest of the preparation.
         last[argument] = owner, flat.layout, _shapes(getattr(owner, method)(flat))
     found, needed = _shapes(given), last[argument][2]
-    if found != needed:
-        raise ValueError(
-            f"{argument} must hold tensors of the names and shapes that {type(owner).__name__} learns, {needed}; found "
-            f"{found}. Start from those of its method {method}, or leave {argument} out for them."
-        )
+    requirement = f"tensors of the names and shapes that {type(owner).__name__} learns, {needed}"
+    remedy = f"Take those of its method {method}, or leave {argument} out."
+    require(found == needed, None, argument, requirement, found, remedy)
 
 
 def _shapes(tree: Mapping[str, Tensor]) -> dict[str, list[int]]:
@@ -143,12 +139,12 @@ def _shapes(tree: Mapping[str, Tensor]) -> dict[str, list[int]]:
 
 
 def _in_dtype_of(flat: FlatModel, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # Those of a module may have more bits than its network.
+    # The learned values of a module may have more bits than its network.
     return {name: value.to(flat.dtype) for name, value in learned.items()}
 
 
 def classes_of(name: str, targets: Any, loss: LossFunction) -> int | None:
-    """How many outputs class-index targets need; None where the loss does not take class indices."""
+    """The number of outputs that class-index targets need; None where the loss does not take class indices."""
     if loss is not F.cross_entropy and not isinstance(loss, nn.CrossEntropyLoss):
         return None
     if not isinstance(targets, Tensor) or targets.is_floating_point():
@@ -156,8 +152,5 @@ def classes_of(name: str, targets: Any, loss: LossFunction) -> int | None:
     ignored = loss.ignore_index if isinstance(loss, nn.CrossEntropyLoss) else -100
     kept = targets.where(targets != ignored, 0)
     lowest, highest = torch.stack([kept.min(), kept.max()]).tolist()
-    if lowest < 0:
-        raise ValueError(
-            f"{name} must be class indices from 0; found {lowest}. Relabel each task's classes to 0 … N-1."
-        )
+    require(lowest >= 0, None, name, "class indices from 0", lowest, "Relabel each task's classes to 0 … N-1.")
     return int(highest) + 1

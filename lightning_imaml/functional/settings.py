@@ -1,4 +1,4 @@
-"""The settings of a solve, which travel as one object."""
+"""The settings of a solve, in one object."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_REGULARIZER = Proximal(2.0)
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
-    """Raise a ValueError for chunks of nothing."""
+    """Raise a ValueError if ``chunk_size`` is below 1."""
     if chunk_size is not None:
         require_at_least_one("chunk_size", chunk_size, "None chooses it from the size of a task.")
 

@@ -1,4 +1,4 @@
-"""What every inner solver offers, and the loop that they share."""
+"""The interface of inner solvers, and the loop that stepping solvers share."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from lightning_imaml.components.base import Component
 from lightning_imaml.components.checks import require
-from lightning_imaml.components.stopping import all_done, require_check_every
-from lightning_imaml.parameters.positive import Bounds, Granularity, Positive, Value, check, place
+from lightning_imaml.components.stopping import all_done
+from lightning_imaml.parameters.positive import Bounds, Granularity, Positive, Value, place, require_positive
 from lightning_imaml.parameters.rows import Rows
 from lightning_imaml.problems.base import InnerProblem
 
 State = tuple[Tensor, ...]
-"""Tensors with a leading task dimension; the first is the parameters ``[T, D]``."""
+"""Tensors with a leading task dimension; the first holds the parameters ``[T, D]``."""
 
 
 class InnerSolution(NamedTuple):
@@ -42,12 +42,12 @@ class InnerSolver(Component, ABC):
     steps: int
     tol: float
     check_every: int = 1
-    """After how many steps the host looks whether all tasks are done, where there is a tolerance."""
+    """After how many steps the host looks whether all tasks are done; it never looks with ``tol=0``."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, self, "steps", "at least 1", self.steps, "The paper takes 16 for 5-way Omniglot.")
         require(self.tol >= 0, self, "tol", "zero or positive", self.tol, "Use 0 to take all steps.")
-        require_check_every(self, self.check_every)
+        require(self.check_every >= 1, self, "check_every", "at least 1", self.check_every, "Use 1 for every step.")
 
     def rates(self, model: Rows) -> dict[str, Tensor]:
         """The learned step sizes at the start, by names without dots; empty where nothing is learned."""
@@ -61,7 +61,7 @@ class InnerSolver(Component, ABC):
             problem: the tasks.
             parameters: the first iterate, ``[T, D]``.
             differentiable_steps: how many of the last steps keep their graph; memory grows with these alone. The
-                iterate before them counts as ``parameters`` plus a constant.
+                derivative takes the iterate before them as ``parameters`` plus a constant.
 
         Raises:
             ValueError: the solver's steps cannot be differentiated.
@@ -69,10 +69,10 @@ class InnerSolver(Component, ABC):
 
 
 class SteppingSolver(InnerSolver):
-    """An inner solver that says how one step goes; stopping and differentiation belong to :meth:`solve`."""
+    """An inner solver that defines one step; :meth:`solve` stops and differentiates."""
 
     positions: ClassVar[int] = 1
-    """How many of the state's first entries are points of the parameter space, which move with the initialisation."""
+    """How many of the state's first entries are points in parameter space, which depend on the initialisation."""
     differentiable: ClassVar[bool] = True
 
     @abstractmethod
@@ -84,20 +84,20 @@ class SteppingSolver(InnerSolver):
         """One step.
 
         Returns:
-            The next state, and ∇G ``[T, D]`` at the parameters that the step set out from.
+            The next state, and ∇G ``[T, D]`` at the parameters before the step.
         """
 
     def solve(self, problem: InnerProblem, parameters: Tensor, differentiable_steps: int = 0) -> InnerSolution:
         """Minimise G from ``parameters``, see :meth:`InnerSolver.solve`."""
         if not self.differentiable:
-            refuse_differentiation(self, differentiable_steps)
+            require_no_derivative(self, differentiable_steps)
         constant_steps = self.steps - differentiable_steps
         with torch.no_grad():
             state = self.init(problem, parameters.detach())
         taken = torch.zeros(parameters.shape[0], dtype=torch.long, device=parameters.device)
         active = torch.ones_like(taken, dtype=torch.bool)
         anchor = parameters if parameters.requires_grad else None
-        del parameters  # The first iterate and old gradients would take [T, D] each.
+        del parameters  # Free [T, D] during the steps.
         for k in range(self.steps):
             if k == constant_steps:
                 state = self._attached(state, anchor)
@@ -123,7 +123,7 @@ class SteppingSolver(InnerSolver):
 
 
 class StepSizes(SteppingSolver):
-    """A stepping solver with a step size: for all parameters, by pattern, layer or entry, and fixed or learned."""
+    """A stepping solver with a fixed or learned step size: one for all parameters, or one a pattern, layer or entry."""
 
     lr: Value
     learned: bool
@@ -132,10 +132,10 @@ class StepSizes(SteppingSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, "lr", self.lr, self.learned, self.per, self.bounds, "0.1 is a usual start.")
+        require_positive(self, "lr", self.lr, self.learned, self.per, self.bounds, "0.1 is a usual start.")
 
-    # Not a dataclass's own, for which the order of patterns would not count: compiled code of one order would run for
-    # another. Nor has a dict a hash.
+    # A dataclass would compare patterns as dicts, which have no hash and ignore their order: code compiled for one
+    # order would run for another.
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self._settings() == other._settings()
 
@@ -147,11 +147,11 @@ class StepSizes(SteppingSolver):
         return tuple(tuple(value.items()) if isinstance(value, Mapping) else value for value in values)
 
     def rates(self, model: Rows) -> dict[str, Tensor]:
-        """What is learned: a scalar, one number for each group, or one for each entry ``[D]``."""
+        """The learned parameter: a scalar, one number for each group, or one for each entry ``[D]``."""
         return self._placed(model).init(model)
 
     def step_sizes(self, model: Rows, rates: Mapping[str, Tensor], rows: Tensor) -> Tensor | float:
-        """The step size of all entries, or one for each entry, ``[D]``, for rows like these."""
+        """The step size of all entries, or one for each, ``[D]``, with the dtype and device of ``rows``."""
         return self._placed(model).values(rates, rows)
 
     def descend(self, problem: InnerProblem, parameters: Tensor, gradient: Tensor) -> Tensor:
@@ -166,17 +166,15 @@ class StepSizes(SteppingSolver):
 
 
 def attach(point: Tensor, parameters: Tensor | None) -> Tensor:
-    """Let ``point`` move with ``parameters`` where these are to be differentiated, without changing its value."""
+    """Give ``point`` the derivative of ``parameters`` where these require a gradient, without changing its value."""
     if parameters is None or not parameters.requires_grad:
         return point
     with torch.enable_grad():
         return point + (parameters - parameters.detach())
 
 
-def refuse_differentiation(solver: InnerSolver, differentiable_steps: int) -> None:
-    """Raise the error of a solver whose steps have no derivative."""
-    if differentiable_steps:
-        raise ValueError(
-            f"{type(solver).__name__}: its steps must not be differentiated; found an estimator that asks for the last "
-            f"{differentiable_steps}. Use Implicit, FirstOrder or Reptile, or the solver GradientDescent or Nesterov."
-        )
+def require_no_derivative(solver: InnerSolver, differentiable_steps: int) -> None:
+    """Raise a ValueError if an estimator asks for derivatives of steps that have none."""
+    argument, requirement = "the number of differentiated steps", "0, since its steps have no derivative"
+    remedy = "Use Implicit, FirstOrder or Reptile, or the solver GradientDescent or Nesterov."
+    require(differentiable_steps == 0, solver, argument, requirement, differentiable_steps, remedy)

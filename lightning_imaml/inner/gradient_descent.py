@@ -15,23 +15,23 @@ from lightning_imaml.problems.base import InnerProblem
 class GradientDescent(StepSizes):
     r"""φ ← φ − lr ∇G(φ), with the regulariser in every step (`iMAML <https://arxiv.org/abs/1909.04630>`_, eq. 3).
 
-    Converges where lr < 2/L for an L-smooth G; in about κ log(1/δ) steps to distance δ, κ = L/μ.
+    It converges where lr < 2/L for an L-smooth G, and reaches distance δ in about κ log(1/δ) steps, κ = L/μ.
 
     Args:
-        lr: the step size; or patterns over parameter names with one each, of which the first that matches counts.
+        lr: the step size, or one for each pattern over parameter names; the first pattern that matches counts.
         steps: the most steps a task takes.
         tol: a task stops when ‖∇G‖ ≤ tol.
-        check_every: after how many steps the host looks whether all tasks are done, for which it waits for the device;
-            with ``tol=0`` never. The results do not depend on it.
-        learned: learn the step sizes, by their logarithm ``log_lr``; for ``Unrolled`` and ``Truncated``.
-        per: what has a learned step size of its own: each "layer", each entry of the parameters ("parameter", as in
-            `Meta-SGD <https://arxiv.org/abs/1707.09835>`_), or, for None, each pattern of ``lr``.
+        check_every: after how many steps the host looks whether all tasks are done. It waits for the device when it
+            looks, and never looks with ``tol=0``. The results do not depend on it.
+        learned: learn the step sizes by their logarithm ``log_lr``, with ``Unrolled`` or ``Truncated``.
+        per: "layer" learns a step size for each layer; "parameter" learns one for each entry of the parameters, like
+            `Meta-SGD <https://arxiv.org/abs/1707.09835>`_; None learns one for each pattern of ``lr``.
         bounds: the lowest and the highest learned step size, see :class:`~lightning_imaml.regularizers.Proximal`.
 
     Raises:
         ValueError: ``lr`` is not positive or lies outside the bounds, ``per`` or ``bounds`` stands without ``learned``,
-            ``steps`` or ``check_every`` is below 1 or ``tol`` is negative; in use, a pattern matches no parameter, or a
-            parameter none.
+            ``steps`` or ``check_every`` is below 1, or ``tol`` is negative; in use, a pattern matches no parameter, or
+            a parameter matches no pattern.
     """
 
     lr: Value
@@ -49,5 +49,5 @@ class GradientDescent(StepSizes):
     def step(self, problem: InnerProblem, state: State) -> tuple[State, Tensor]:
         """One gradient step for all tasks."""
         (parameters,) = state
-        gradient = problem.residual(parameters)  # Compiled by itself, it is the one that the residual takes, too.
+        gradient = problem.residual(parameters)  # The residual at the end runs the same compiled code.
         return (self.descend(problem, parameters, gradient),), gradient

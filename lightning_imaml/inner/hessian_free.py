@@ -23,21 +23,21 @@ _HALVINGS = 12
 class HessianFree(SteppingSolver):
     """Truncated Newton (`iMAML <https://arxiv.org/abs/1909.04630>`_, section 4; Martens, 2010).
 
-    Every step linearises G once, takes the direction from a few conjugate gradient iterations on (∇²G) d = −∇G, and its
-    length from a backtracking line search on G (Armijo's condition with constant 1e-4, at most 12 halvings; a task that
-    finds no decrease stays where it is). Conjugate gradient stops at negative curvature with a direction of descent; a
-    task that meets it at once takes −∇G.
+    Every step linearises G once. A few conjugate gradient iterations on (∇²G) d = −∇G give the direction, and a
+    backtracking line search on G gives its length (Armijo's condition with constant 1e-4, at most 12 halvings; a task
+    that finds no decrease stays where it is). Conjugate gradient stops at negative curvature with a direction of
+    descent; a task that meets negative curvature at once takes −∇G.
 
     Args:
         steps: the most steps a task takes.
-        cg_steps: conjugate gradient iterations a step; the paper takes 5. On Omniglot 2 get to the same ‖∇G‖ with fewer
+        cg_steps: conjugate gradient iterations a step; the paper takes 5. On Omniglot, 2 reach the same ‖∇G‖ with fewer
             evaluations, see ``docs/experiments``.
-        tol: a task stops when ‖∇G‖ ≤ tol. The line search compares values of G, whose rounding it cannot see through:
-            tolerances below about the square root of the dtype's precision may not be reached.
+        tol: a task stops when ‖∇G‖ ≤ tol. The line search compares rounded values of G, so it may not reach tolerances
+            below about the square root of the dtype's precision.
         curvature: the exact Hessian, or Gauss-Newton, which has no negative curvature.
-        check_every: after how many steps the host looks whether all tasks are done, for which it waits for the device;
-            with ``tol=0`` never. The line search, which looks with every ``tol``, does so after this many tries, from
-            12 on never: a step then costs 12 forward passes. The results do not depend on it.
+        check_every: after how many steps the host looks whether all tasks are done. It waits for the device when it
+            looks, and never looks with ``tol=0``. The line search looks after every ``check_every`` tries, whatever
+            ``tol`` is; from 12 on it never looks, and a step costs 12 forward passes. The results do not depend on it.
 
     Raises:
         ValueError: ``steps``, ``cg_steps`` or ``check_every`` is below 1, or ``tol`` is negative.
@@ -68,7 +68,7 @@ class HessianFree(SteppingSolver):
         assert isinstance(problem, Minimization)
         (parameters,) = state
         linearization = problem.linearize(parameters, self.curvature)
-        # Not the value that the last line search accepted: with dropout, a lucky draw would stop a task for good.
+        # Take G from here and not from the last line search, where a lucky draw of dropout would stop a task for good.
         start, gradient = linearization.value, linearization.gradient
         newton = ConjugateGradient(self.cg_steps).solve(linearization.product, -gradient).value
         del linearization  # Its graph is not needed for the line search.

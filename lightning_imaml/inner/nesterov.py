@@ -20,27 +20,27 @@ class Nesterov(StepSizes):
     .. math:: x_{k+1} = y_k - \text{lr} ∇G(y_k), \quad t_{k+1} = \tfrac{1 + \sqrt{1 + 4 t_k^2}}{2}, \quad
               y_{k+1} = x_{k+1} + \tfrac{t_k - 1}{t_{k+1}} (x_{k+1} - x_k)
 
-    A task whose momentum points uphill, ∇G(y_k)ᵀ(x_{k+1} − x_k) > 0, starts its momentum anew
+    A task whose momentum points uphill, ∇G(y_k)ᵀ(x_{k+1} − x_k) > 0, resets its momentum
     (`O'Donoghue and Candès, 2015 <https://doi.org/10.1007/s10208-013-9150-3>`_). That gives the rate of strong
     convexity, about √κ log(1/δ) steps for lr = 1/L, without knowing μ. The solution is the last y, at which the
     gradient is measured.
 
     Args:
-        lr: the step size, which converges where lr ≤ 1/L for an L-smooth G; or patterns over parameter names with one
-            each, of which the first that matches counts.
+        lr: the step size, or one for each pattern over parameter names; the first pattern that matches counts. The
+            method converges where lr ≤ 1/L for an L-smooth G.
         steps: the most steps a task takes.
         tol: a task stops when ‖∇G‖ ≤ tol.
-        check_every: after how many steps the host looks whether all tasks are done, for which it waits for the device;
-            with ``tol=0`` never. The results do not depend on it.
-        learned: learn the step sizes, by their logarithm ``log_lr``; for ``Unrolled`` and ``Truncated``.
-        per: what has a learned step size of its own: each "layer", each entry of the parameters ("parameter", as in
-            `Meta-SGD <https://arxiv.org/abs/1707.09835>`_), or, for None, each pattern of ``lr``.
+        check_every: after how many steps the host looks whether all tasks are done. It waits for the device when it
+            looks, and never looks with ``tol=0``. The results do not depend on it.
+        learned: learn the step sizes by their logarithm ``log_lr``, with ``Unrolled`` or ``Truncated``.
+        per: "layer" learns a step size for each layer; "parameter" learns one for each entry of the parameters, like
+            `Meta-SGD <https://arxiv.org/abs/1707.09835>`_; None learns one for each pattern of ``lr``.
         bounds: the lowest and the highest learned step size, see :class:`~lightning_imaml.regularizers.Proximal`.
 
     Raises:
         ValueError: ``lr`` is not positive or lies outside the bounds, ``per`` or ``bounds`` stands without ``learned``,
-            ``steps`` or ``check_every`` is below 1 or ``tol`` is negative; in use, a pattern matches no parameter, or a
-            parameter none.
+            ``steps`` or ``check_every`` is below 1, or ``tol`` is negative; in use, a pattern matches no parameter, or
+            a parameter matches no pattern.
     """
 
     lr: Value
@@ -54,7 +54,7 @@ class Nesterov(StepSizes):
 
     def init(self, problem: InnerProblem, parameters: Tensor) -> State:
         """The state is (y, x, t)."""
-        # A copy, since the compiler treats one tensor given twice as a case of its own.
+        # Clone: Inductor would compile a separate version for one tensor that is given twice.
         return parameters, parameters.clone(), torch.ones_like(parameters[:, :1])
 
     def step(self, problem: InnerProblem, state: State) -> tuple[State, Tensor]:

@@ -12,14 +12,14 @@ from torch.optim.optimizer import Optimizer
 
 from lightning_imaml.components.checks import require
 from lightning_imaml.components.stopping import all_done
-from lightning_imaml.inner.base import InnerSolution, InnerSolver, attach, refuse_differentiation
+from lightning_imaml.inner.base import InnerSolution, InnerSolver, attach, require_no_derivative
 from lightning_imaml.problems.base import InnerProblem
 
-# Their updates mix the entries of a tensor, and so the tasks of the matrix.
+# The updates of these optimizers mix the entries of a tensor, and so the tasks of the matrix.
 _NOT_ELEMENTWISE = ("LBFGS", "Muon", "Adafactor", "SparseAdam")
 
 
-# A checkpoint holds the class by name: PyTorch's own are safe to load.
+# A checkpoint holds the optimizer's class by name. Loading PyTorch's own classes is safe.
 torch.serialization.add_safe_globals(
     [found for found in vars(torch.optim).values() if isinstance(found, type) and issubclass(found, Optimizer)]
 )
@@ -27,17 +27,17 @@ torch.serialization.add_safe_globals(
 
 @dataclass(frozen=True)
 class TorchOptimizer(InnerSolver):
-    """An optimizer of ``torch.optim`` over the ``[tasks, D]`` matrix: SGD with momentum, Adam, RMSprop ….
+    """An optimizer of ``torch.optim`` over the ``[T, D]`` matrix: SGD with momentum, Adam, RMSprop ….
 
     The update must be element-wise, so that tasks do not mix.
 
     Args:
-        optimizer: the class.
+        optimizer: the optimizer's class.
         steps: the most steps a task takes.
         options: its keyword arguments, the learning rate among them.
         tol: a task stops when ‖∇G‖ ≤ tol.
-        check_every: after how many steps the host looks whether all tasks are done, for which it waits for the device;
-            with ``tol=0`` never. The results do not depend on it.
+        check_every: after how many steps the host looks whether all tasks are done. It waits for the device when it
+            looks, and never looks with ``tol=0``. The results do not depend on it.
 
     Raises:
         ValueError: the optimizer is known not to be element-wise, ``steps`` or ``check_every`` is below 1, or ``tol``
@@ -59,14 +59,14 @@ class TorchOptimizer(InnerSolver):
 
     def solve(self, problem: InnerProblem, parameters: Tensor, differentiable_steps: int = 0) -> InnerSolution:
         """Minimise G from ``parameters``, see :meth:`InnerSolver.solve`."""
-        refuse_differentiation(self, differentiable_steps)
+        require_no_derivative(self, differentiable_steps)
         rows = parameters.detach().clone()
         optimizer = self.optimizer([rows], **self.options)
         taken = torch.zeros(rows.shape[0], dtype=torch.long, device=rows.device)
         active = torch.ones_like(taken, dtype=torch.bool)
         with torch.no_grad():
             for k in range(self.steps):
-                rows.grad = None  # The last one would take [T, D] while the next is computed.
+                rows.grad = None  # Free [T, D] before the next gradient is computed.
                 rows.grad = problem.residual(rows)
                 if self.tol > 0:
                     active = active & (rows.grad.norm(dim=1) > self.tol)

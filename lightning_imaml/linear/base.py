@@ -1,4 +1,4 @@
-"""What every linear solver offers."""
+"""The interface of linear solvers, and what it returns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class LinearSolution(NamedTuple):
         value: x, ``[T, D]``.
         steps: products with A that each task used, ``[T]``.
         residual: ‖b − A x‖ / ‖b‖, ``[T]``; 0 where b = 0, NaN where a product was not finite.
-        converged: whether the residual is within the solver's tolerance, ``[T]``; with a tolerance of 0, hardly ever.
+        converged: whether the residual is within the solver's tolerance, ``[T]``; almost never with a
+            tolerance of 0.
         indefinite: whether the solver met a direction p with pᵀAp ≤ 0, ``[T]``.
     """
 
@@ -48,8 +49,8 @@ class LinearSolver(Component, ABC):
 
 
 def random_signs(rhs: Tensor, count: int) -> Iterator[Tensor]:
-    """Vectors of random signs, the same for every task and in every solve: ``count`` of ``[T, D]``."""
-    # Drawn on the CPU from a seed of its own: the same on every device, and the user's random state stays.
+    """Give ``count`` vectors of random signs, ``[T, D]``, the same for every task and in every solve."""
+    # A generator with its own seed, on the CPU, gives the same signs on every device and leaves the user's alone.
     generator = torch.Generator().manual_seed(0)
     for _ in range(count):
         signs = torch.randint(0, 2, rhs.shape[1:], generator=generator).to(rhs) * 2 - 1

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from lightning_imaml.components.checks import require
-from lightning_imaml.components.stopping import all_done, require_check_every
+from lightning_imaml.components.stopping import all_done
 from lightning_imaml.linear.base import LinearSolution, LinearSolver, random_signs
 from lightning_imaml.linear.operator import LinearOperator, MatVec, require_symmetric
 
@@ -22,21 +22,21 @@ class ConjugateGradient(LinearSolver):
     .. math:: α_k = \frac{r_k^⊤ r_k}{p_k^⊤ A p_k}, \quad x_{k+1} = x_k + α_k p_k, \quad r_{k+1} = r_k - α_k A p_k, \quad
               p_{k+1} = r_{k+1} + \frac{r_{k+1}^⊤ r_{k+1}}{r_k^⊤ r_k} p_k
 
-    Every task has its own step sizes and stops by itself, by masks on the device. A task that meets pᵀAp ≤ 0 has an
-    indefinite (or singular) system; it keeps the iterate it had, x = 0 if that is the first direction, and reports
-    ``indefinite``. A task whose product is not finite has a residual of NaN. The residual is that of the recurrence,
+    Every task has its own step sizes, and masks on the device stop each task by itself. A task that meets pᵀAp ≤ 0 has
+    an indefinite (or singular) system; it keeps the iterate before that direction, which may be x = 0, and reports
+    ``indefinite``. A task whose product is not finite has a residual of NaN. The residual comes from the recurrence,
     which rounding lets drift from ‖b − Ax‖ over hundreds of iterations. SciPy's equivalent is
     ``scipy.sparse.linalg.cg``.
 
-    With Jacobi's preconditioner M = diag(A), r and p are measured by rᵀM⁻¹r, and p starts from M⁻¹r. Only products with
-    A are known, so the diagonal is estimated as the mean of z ⊙ Az over probes z of random signs
+    With Jacobi's preconditioner M = diag(A), p starts from M⁻¹r, and rᵀM⁻¹r replaces rᵀr in the formulas. Only products
+    with A are known, so the diagonal is estimated as the mean of z ⊙ Az over probes z of random signs
     (`Bekas et al., 2007 <https://doi.org/10.1016/j.apnum.2007.01.003>`_), the same probes in every solve and for every
-    task; it is exact where A is diagonal. It helps where the diagonal spreads over orders of magnitude. Entries below a
-    hundredth of the mean size are raised to it, so that M is positive definite.
+    task; the estimate is exact where A is diagonal. It helps where the diagonal spreads over orders of magnitude.
+    Entries below a hundredth of the mean size are raised to that size, so that M is positive definite.
 
     With ``preconditioner="regularizer"``, M⁻¹ is the operator's own preconditioner, which an inner problem takes from a
     :class:`~lightning_imaml.regularizers.MatrixProximal`. It costs no products, and helps where R has most of the
-    curvature, and most of its spread.
+    curvature and most of the curvature's spread.
 
     Example:
         >>> diagonal = torch.tensor([[1.0, 2.0, 4.0]])  # The matrix A of a single task.
@@ -46,12 +46,12 @@ class ConjugateGradient(LinearSolver):
 
     Args:
         max_iter: the most iterations, one product with A each.
-        rtol: a task stops when ‖r‖ ≤ rtol ‖b‖. 0 runs all iterations, or until r is rounding alone.
+        rtol: a task stops when ‖r‖ ≤ rtol ‖b‖. 0 runs all iterations, or until r is only rounding.
         damping: solves (A + damping · I) x = b instead.
-        jacobi_probes: precondition by a diagonal estimated with this many products; 0 is without.
-        check_every: after how many iterations the host looks whether all tasks are done, for which it waits for the
-            device; with ``rtol=0`` never. The results do not depend on it.
-        preconditioner: "regularizer" preconditions by the regulariser's matrix; None is without.
+        jacobi_probes: precondition by a diagonal estimated with this many products; 0 does not.
+        check_every: after how many iterations the host looks whether all tasks are done. It waits for the device when
+            it looks, and never looks with ``rtol=0``. The results do not depend on it.
+        preconditioner: "regularizer" preconditions by the regulariser's matrix; None does not.
 
     Raises:
         ValueError: ``max_iter`` or ``check_every`` is below 1, or ``rtol``, ``damping`` or ``jacobi_probes`` is
@@ -72,9 +72,9 @@ class ConjugateGradient(LinearSolver):
         require(self.damping >= 0, self, "damping", "zero or positive", self.damping, "Use 0 for no damping.")
         probes = self.jacobi_probes
         require(probes >= 0, self, "jacobi_probes", "zero or positive", probes, "Use 0 for no preconditioner.")
-        require_check_every(self, self.check_every)
-        found = self.preconditioner
-        require(found in (None, "regularizer"), self, "preconditioner", "'regularizer' or None", found, "See Jacobi's.")
+        require(self.check_every >= 1, self, "check_every", "at least 1", self.check_every, "Use 1 for every step.")
+        found, remedy = self.preconditioner, "Leave it out, or use jacobi_probes."
+        require(found in (None, "regularizer"), self, "preconditioner", "'regularizer' or None", found, remedy)
         remedy = "Leave one of them out."
         require(not (found and probes), self, "preconditioner", "None with jacobi_probes", found, remedy)
 
@@ -87,7 +87,7 @@ class ConjugateGradient(LinearSolver):
         p = rhs.clone() if precondition is None else precondition(rhs)
         rr = norm2 = vecdot(rhs, rhs)
         rz = rr if precondition is None else vecdot(r, p)
-        # Below rounding, what is left is noise: soon pᵀAp would be zero, and a definite system would seem singular.
+        # A residual below rounding is noise: pᵀAp would soon be zero, and a definite system would seem singular.
         goal = norm2 * max(self.rtol, torch.finfo(rhs.dtype).eps) ** 2
         active = rr > goal
         steps = torch.full_like(rr, self.jacobi_probes, dtype=torch.long)
@@ -104,7 +104,7 @@ class ConjugateGradient(LinearSolver):
             active = active & (curvature > 0)
             alpha = torch.where(active, rz / curvature, 0).unsqueeze(1)
             x.addcmul_(alpha, p)
-            # A finished task has a step size of zero, but its product may be infinite or NaN.
+            # A finished task has a step size of zero, and zero times an infinite or NaN product would be NaN.
             r.addcmul_(alpha, product.nan_to_num(), value=-1)
             rr = vecdot(r, r)
             if k + 1 < self.max_iter:
@@ -118,7 +118,7 @@ class ConjugateGradient(LinearSolver):
         return LinearSolution(x, steps, residual, (rr <= goal) & ~broken, indefinite)
 
     def _preconditioner(self, operator: LinearOperator, rhs: Tensor) -> MatVec | None:
-        """R ↦ M⁻¹ r, ``[T, D]`` to ``[T, D]``."""
+        """The map r ↦ M⁻¹ r, ``[T, D]`` to ``[T, D]``; None without a preconditioner."""
         if self.jacobi_probes:
             scale = self._jacobi(operator, rhs)
             return lambda vector: scale * vector
@@ -136,7 +136,7 @@ class ConjugateGradient(LinearSolver):
         diagonal = torch.zeros_like(rhs)
         for probe in random_signs(rhs, self.jacobi_probes):
             diagonal.addcmul_(probe, operator(probe))
-        # A product that is not finite is reported by the iterations, which meet it too.
+        # The iterations report a product that is not finite, since they meet it too.
         diagonal = (diagonal / self.jacobi_probes + self.damping).abs().nan_to_num(0, 0)
         floor = diagonal.mean(dim=1, keepdim=True) / 100
         return diagonal.clamp(min=torch.where(floor > 0, floor, 1)).reciprocal()

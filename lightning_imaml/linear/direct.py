@@ -15,9 +15,9 @@ from lightning_imaml.linear.operator import LinearOperator, MatVec
 class Direct(LinearSolver):
     """Builds A from D products and solves it by LU factorisation, definite or not.
 
-    Needs T·D² numbers and D products, so it is for small D: references, tests, heads. ``indefinite`` comes from the
-    smallest eigenvalue of A's symmetric part. A task whose system is singular gets x = 0 and is not
-    converged. SciPy's equivalent is ``scipy.linalg.solve``.
+    It needs T·D² numbers and D products, so it fits small D: references, tests, heads. ``indefinite`` comes from the
+    smallest eigenvalue of A's symmetric part. A task whose system is singular gets x = 0 and counts as not converged.
+    SciPy's equivalent is ``scipy.linalg.solve``.
     """
 
     def solve(self, matvec: MatVec | LinearOperator, rhs: Tensor) -> LinearSolution:
@@ -32,7 +32,7 @@ class Direct(LinearSolver):
         norm = rhs.norm(dim=1)
         error = (rhs - (matrix @ value.unsqueeze(2)).squeeze(2)).norm(dim=1)
         residual = torch.where(norm == 0, 0, error / norm)
-        # LU is backward stable: beyond this the system is singular to working precision.
+        # LU is backward stable: a larger residual means that the system is singular to working precision.
         converged = residual <= size * torch.finfo(rhs.dtype).eps * 1e3
         symmetric = ((matrix + matrix.transpose(1, 2)) / 2).nan_to_num()
         indefinite = torch.linalg.eigvalsh(symmetric)[:, 0] <= 0

@@ -1,4 +1,4 @@
-"""What the Krylov solvers of systems that need not be symmetric share."""
+"""What Krylov solvers share: their checks, and the residual that they measure at the end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from lightning_imaml.components.checks import require
-from lightning_imaml.components.stopping import require_check_every
 from lightning_imaml.linear.base import LinearSolution, LinearSolver
 from lightning_imaml.linear.operator import LinearOperator
 
@@ -22,9 +21,9 @@ class KrylovSolver(LinearSolver):
     def __post_init__(self) -> None:
         require(self.max_iter >= 1, self, "max_iter", "at least 1", self.max_iter, "Each iteration improves x.")
         require(self.rtol >= 0, self, "rtol", "zero or positive", self.rtol, "Use 0 to run all iterations.")
-        require_check_every(self, self.check_every)
+        require(self.check_every >= 1, self, "check_every", "at least 1", self.check_every, "Use 1 for every step.")
 
-    def measured(
+    def _measured(
         self, operator: LinearOperator, rhs: Tensor, x: Tensor, steps: Tensor, indefinite: Tensor, broken: Tensor
     ) -> LinearSolution:
         """The solution with its true residual ‖b − A x‖ / ‖b‖, for one more product.

@@ -8,26 +8,26 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot, vector_norm
 
-from lightning_imaml.components.checks import require
-from lightning_imaml.components.stopping import all_done, require_check_every
-from lightning_imaml.linear.base import LinearSolution, LinearSolver
+from lightning_imaml.components.stopping import all_done
+from lightning_imaml.linear.base import LinearSolution
+from lightning_imaml.linear.krylov import KrylovSolver, divide
 from lightning_imaml.linear.operator import LinearOperator, MatVec, require_symmetric
 
 
 @dataclass(frozen=True)
-class MinRes(LinearSolver):
+class MinRes(KrylovSolver):
     """MINRES (`Paige and Saunders, 1975 <https://doi.org/10.1137/0712047>`_) from x = 0, for indefinite systems too.
 
     The Lanczos process makes A tridiagonal, and Givens rotations minimise ‖b − Ax‖ over the Krylov space, so that the
     residual never grows. ``indefinite`` comes from the signs of the tridiagonal matrix's pivots: it says that A has a
-    direction of negative curvature in that space. Tasks stop by themselves, by masks on the device. SciPy's equivalent
-    is ``scipy.sparse.linalg.minres``.
+    direction of negative curvature in that space. Masks on the device stop each task by itself. SciPy's equivalent is
+     ``scipy.sparse.linalg.minres``.
 
     Args:
         max_iter: the most iterations, one product with A each; one more product measures the residual.
         rtol: a task stops when ‖r‖ ≤ rtol ‖b‖. 0 runs all iterations.
-        check_every: after how many iterations the host looks whether all tasks are done, for which it waits for the
-            device; with ``rtol=0`` never. The results do not depend on it.
+        check_every: after how many iterations the host looks whether all tasks are done. It waits for the device when
+            it looks, and never looks with ``rtol=0``. The results do not depend on it.
 
     Raises:
         ValueError: ``max_iter`` or ``check_every`` is below 1, or ``rtol`` is negative.
@@ -37,11 +37,6 @@ class MinRes(LinearSolver):
     rtol: float = 0.0
     check_every: int = 1
 
-    def __post_init__(self) -> None:
-        require(self.max_iter >= 1, self, "max_iter", "at least 1", self.max_iter, "It needs one product each.")
-        require(self.rtol >= 0, self, "rtol", "zero or positive", self.rtol, "Use 0 to run all iterations.")
-        require_check_every(self, self.check_every)
-
     def solve(self, matvec: MatVec | LinearOperator, rhs: Tensor) -> LinearSolution:
         """Solve A x = b for every task, see :meth:`LinearSolver.solve`."""
         operator = require_symmetric(self, matvec)
@@ -49,7 +44,7 @@ class MinRes(LinearSolver):
         zero = torch.zeros_like(norm)
         x = torch.zeros_like(rhs)
         direction, older_direction = torch.zeros_like(rhs), torch.zeros_like(rhs)
-        older, v = torch.zeros_like(rhs), _divide(rhs, norm)
+        older, v = torch.zeros_like(rhs), divide(rhs, norm)
         phi, beta, cos, sin, delta, epsilon, pivot = norm, zero, zero - 1, zero, zero, zero, zero
         active = norm > 0
         scale = zero
@@ -66,16 +61,16 @@ class MinRes(LinearSolver):
             indefinite |= active & (pivot <= 0)
             product = product - alpha.unsqueeze(1) * v - beta.unsqueeze(1) * older
             beta = vector_norm(product, dim=1)
-            older, v = v, _divide(product, beta)
+            older, v = v, divide(product, beta)
             # The rotations of the last two columns, then this column's own.
             second, first = cos * delta + sin * alpha, sin * delta - cos * alpha
             pulled, epsilon, delta = epsilon, sin * beta, -cos * beta
             gamma = torch.hypot(first, beta)
-            # Below rounding, the Krylov space is exhausted or A singular in it: what follows would be noise.
+            # A γ below rounding means that the Krylov space is exhausted or A is singular in it: the rest is noise.
             scale = torch.maximum(scale, torch.maximum(alpha.abs(), beta))
             noise = 10 * torch.finfo(rhs.dtype).eps * scale
             cos, sin = torch.where(gamma > 0, first / gamma, 0), torch.where(gamma > 0, beta / gamma, 0)
-            following = _divide(older - second.unsqueeze(1) * direction - pulled.unsqueeze(1) * older_direction, gamma)
+            following = divide(older - second.unsqueeze(1) * direction - pulled.unsqueeze(1) * older_direction, gamma)
             older_direction, direction = direction, following
             moving = active & (gamma > noise)
             steps += active
@@ -84,13 +79,8 @@ class MinRes(LinearSolver):
             active = moving & (phi > self.rtol * norm) & (beta > noise)
             if self.rtol > 0 and k + 1 < self.max_iter and all_done(active, k + 1, self.check_every):
                 break
-        # Measured, not the recurrence's phi: this solver makes references.
+        # This solver makes references, so it measures the residual instead of trusting the recurrence's φ.
         error = vector_norm(rhs - operator(x), dim=1)
         residual = torch.where(norm == 0, 0, error / norm).masked_fill(broken, torch.nan)
-        converged = residual <= self.rtol + 10 * torch.finfo(rhs.dtype).eps  # NaN compares false.
+        converged = residual <= self.rtol + 10 * torch.finfo(rhs.dtype).eps  # A NaN compares as false.
         return LinearSolution(x, steps, residual, converged, indefinite)
-
-
-def _divide(rows: Tensor, by: Tensor) -> Tensor:
-    """Rows over their own divisors; zero where that is zero, which ends a Krylov space."""
-    return rows * torch.where(by > 0, 1 / by, 0).unsqueeze(1)

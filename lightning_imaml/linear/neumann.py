@@ -22,12 +22,12 @@ class Neumann(LinearSolver):
 
     .. math:: x = η \sum_{j=0}^{\text{terms} - 1} (I - ηA)^j b
 
-    It converges where A is positive definite and η < 2/λ_max. With ``step`` given, that is checked as it goes: a task
-    whose terms grow stops, keeps what it had and is not converged. Without, η is about 1/λ_max, which is estimated for
-    every task by 5 power iterations (5 more products) with a margin of 20 %.
+    It converges where A is positive definite and η < 2/λ_max. A task whose terms grow stops, keeps the sum before that
+    term, and counts as not converged. Without ``step``, η is about 1/λ_max, which 5 power iterations (5 more products)
+    estimate for every task with a margin of 20 %.
 
     Args:
-        terms: terms of the series; each but the first costs one product with A, and so does the residual.
+        terms: how many terms; each but the first costs one product with A, and the residual costs one more.
         step: η; None estimates it.
         rtol: a task is converged when ‖b − Ax‖ ≤ rtol ‖b‖.
 
@@ -42,9 +42,7 @@ class Neumann(LinearSolver):
     def __post_init__(self) -> None:
         require(self.terms >= 1, self, "terms", "at least 1", self.terms, "More terms are more exact.")
         require(self.step is None or self.step > 0, self, "step", "positive or None", self.step, "None estimates it.")
-        require(
-            self.rtol >= 0, self, "rtol", "zero or positive", self.rtol, "It only decides what counts as converged."
-        )
+        require(self.rtol >= 0, self, "rtol", "zero or positive", self.rtol, "It only decides what is converged.")
 
     def solve(self, matvec: MatVec | LinearOperator, rhs: Tensor) -> LinearSolution:
         """Solve A x = b for every task, see :meth:`LinearSolver.solve`."""
@@ -65,11 +63,11 @@ class Neumann(LinearSolver):
             product = operator(term)
             steps += active
             indefinite |= active & (vecdot(term, product) <= 0)
-            # After k terms, b − Ax is the next term: the residual is free.
+            # After k terms, b − Ax is the next term, so the residual costs nothing more.
             following = torch.addcmul(term, eta.unsqueeze(1), product, value=-1)
             reached = vector_norm(following, dim=1)
             broken |= active & ~reached.isfinite()
-            # The last term made it worse, or is not finite: take it back.
+            # Take back the last term where it made the residual worse or is not finite.
             worse = active & ~(reached < size)
             x.addcmul_(torch.where(worse, -eta, 0).unsqueeze(1), term)
             active = active & ~worse
@@ -80,8 +78,9 @@ class Neumann(LinearSolver):
 
 
 def _inverse_norm(matvec: MatVec, rhs: Tensor) -> Tensor:
-    """About 1/λ_max for every task."""
-    # From b and, in case b has nothing of the largest eigenvector, random signs: shorter, so that nothing cancels.
+    """An estimate of 1/λ_max for every task, ``[T]``."""
+    # Start from b plus random signs, since b may be orthogonal to the largest eigenvector. They are shorter than b, so
+    # that they cannot cancel it.
     (signs,) = random_signs(rhs, 1)
     v = rhs + 0.5 * vector_norm(rhs, dim=1, keepdim=True) / rhs.shape[1] ** 0.5 * signs
     for _ in range(_POWER_STEPS):

@@ -43,4 +43,4 @@ class NormalCG(KrylovSolver):
         inner = ConjugateGradient(self.max_iter, self.rtol, check_every=self.check_every)
         found = inner.solve(LinearOperator(lambda vector: transpose(operator(vector))), transpose(rhs))
         broken, none = found.residual.isnan(), torch.zeros_like(found.indefinite)
-        return self.measured(operator, rhs, found.value, 2 * found.steps + (found.steps > 0), none, broken)
+        return self._measured(operator, rhs, found.value, 2 * found.steps + (found.steps > 0), none, broken)

@@ -1,4 +1,4 @@
-"""What a linear solver is given: a matrix that is known by its products alone."""
+"""Matrices that are known by their products alone, for linear solvers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MatVec = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class LinearOperator:
-    """T matrices A, one for each task, by their products.
+    """T matrices A, one for each task, that are known by their products.
 
     Attributes:
         product: v ↦ A v, ``[T, D]`` to ``[T, D]``, row by row.
@@ -49,12 +49,12 @@ class LinearOperator:
 
 
 def as_operator(matvec: MatVec | LinearOperator) -> LinearOperator:
-    """An operator as it is; a bare function counts as a symmetric operator without a preconditioner."""
+    """Return an operator unchanged, and a bare function as a symmetric operator without a preconditioner."""
     return matvec if isinstance(matvec, LinearOperator) else LinearOperator(matvec)
 
 
 def require_symmetric(solver: object, matvec: MatVec | LinearOperator) -> LinearOperator:
-    """An operator that a solver of symmetric systems may solve.
+    """Return ``matvec`` as an operator that a solver of symmetric systems can solve.
 
     Raises:
         ValueError: the operator says that it is not symmetric.

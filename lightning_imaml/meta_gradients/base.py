@@ -1,4 +1,4 @@
-"""What every estimator of the meta-gradient offers."""
+"""The interface of estimators of the meta-gradient, and what they share."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_imaml import _compile
 from lightning_imaml.components.base import Component
+from lightning_imaml.components.checks import require
 from lightning_imaml.inner.base import InnerSolution, InnerSolver
 from lightning_imaml.linear.base import LinearSolution
 from lightning_imaml.problems.supervised import SupervisedProblem, TaskLoss, leaf
@@ -19,16 +20,16 @@ from lightning_imaml.problems.supervised import SupervisedProblem, TaskLoss, lea
 
 @dataclass(frozen=True)
 class Estimate:
-    """The meta-gradient of T tasks and how it came about.
+    """The meta-gradient of T tasks, and the solutions behind it.
 
     Attributes:
         loss: Q_i(φ_i), ``[T]``.
         outputs: the adapted networks' outputs on the query sets, ``[T, n, ...]``.
-        inner: the inner loop's outcome.
+        inner: the solution of the inner loop.
         residual: ‖∇G_i(φ_i)‖, ``[T]``.
         initial: Σ_i dQ_i/dθ, ``[D]``.
         others: Σ_i dQ_i/dη for all other meta-parameters, by the names of ``SupervisedProblem.meta_parameters``.
-        linear: the linear solve's outcome, where there was one.
+        linear: the solution of the linear system; None for estimators without one.
     """
 
     loss: Tensor
@@ -41,7 +42,7 @@ class Estimate:
 
 
 class Estimator(Component, ABC):
-    """Gives dQ_i(φ_i)/dη for every meta-parameter η: θ, learned λ and step sizes, and ω where only a part adapts."""
+    """Gives dQ_i(φ_i)/dη for each meta-parameter η: θ, learned λ and step sizes, and ω where only a part adapts."""
 
     @abstractmethod
     def estimate(self, problem: SupervisedProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
@@ -50,7 +51,7 @@ class Estimator(Component, ABC):
         Args:
             problem: the inner problem of T tasks.
             query: Q, their loss on the query sets.
-            inner_solver: what adapts.
+            inner_solver: the solver of the inner problem.
         """
 
     def differentiated_steps(self, inner_solver: InnerSolver) -> int:
@@ -59,7 +60,7 @@ class Estimator(Component, ABC):
 
 
 def query_gradient(query: TaskLoss, parameters: Tensor) -> tuple[Tensor, Any, Tensor, dict[str, Tensor]]:
-    """Q ``[T]``, the outputs, ∇Q ``[T, D]`` and Σ_i ∂Q_i/∂ω at adapted parameters; its graph is gone on return."""
+    """Q ``[T]``, the outputs, ∇Q ``[T, D]`` and Σ_i ∂Q_i/∂ω at adapted parameters, all without a graph."""
     loss, outputs, gradient, shared = _compile.run(_query_gradient, query, parameters)
     return loss, outputs, gradient, shared
 
@@ -75,19 +76,14 @@ def _query_gradient(query: TaskLoss, parameters: Tensor) -> tuple[Tensor, Any, T
     return loss.detach(), outputs, gradient, dict(zip(shared, direct, strict=True))
 
 
-def refuse_strengths(estimator: Estimator, problem: SupervisedProblem) -> None:
-    """Raise the error of an estimator for which learned strengths have no gradient."""
-    if problem.strengths:
-        raise ValueError(
-            f"{type(estimator).__name__}: the regulariser must have no learned strengths, since it has no gradient for "
-            f"them; found {sorted(problem.strengths)}. Fix them, or use Implicit or Unrolled."
-        )
+def require_fixed_strengths(estimator: Estimator, problem: SupervisedProblem) -> None:
+    """Raise a ValueError if strengths are learned, for an estimator that has no gradient for them."""
+    requirement = "fixed, since it has no gradient for learned ones"
+    remedy = "Set learned=False, or use Implicit or Unrolled."
+    require(not problem.strengths, estimator, "the strengths", requirement, sorted(problem.strengths), remedy)
 
 
-def refuse_rates(estimator: Estimator, problem: SupervisedProblem, reason: str) -> None:
-    """Raise the error of an estimator for which learned step sizes have no gradient."""
-    if problem.rates:
-        raise ValueError(
-            f"{type(estimator).__name__}: the inner solver must have no learned step sizes, since {reason}; found "
-            f"{sorted(problem.rates)}. Fix them (learned=False), or use Unrolled or Truncated."
-        )
+def require_fixed_rates(estimator: Estimator, problem: SupervisedProblem, reason: str) -> None:
+    """Raise a ValueError if step sizes are learned, for an estimator that has no gradient for them."""
+    remedy = "Set learned=False, or use Unrolled or Truncated."
+    require(not problem.rates, estimator, "the step sizes", f"fixed, since {reason}", sorted(problem.rates), remedy)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_imaml.inner.base import InnerSolver
-from lightning_imaml.meta_gradients.base import Estimate, Estimator, query_gradient, refuse_rates, refuse_strengths
+from lightning_imaml.meta_gradients.base import (
+    Estimate,
+    Estimator,
+    query_gradient,
+    require_fixed_rates,
+    require_fixed_strengths,
+)
 from lightning_imaml.problems.supervised import SupervisedProblem, TaskLoss
 from lightning_imaml.runtime.phases import INNER_LOOP, phase
 
@@ -14,17 +20,17 @@ from lightning_imaml.runtime.phases import INNER_LOOP, phase
 class FirstOrder(Estimator):
     """dQ_i/dθ ≈ ∇Q_i(φ_i): first-order MAML (`Finn et al., 2017 <https://arxiv.org/abs/1703.03400>`_, section 5.2).
 
-    It takes dφ_i/dθ for the identity, and φ_i for a constant in everything else: it knows nothing of learned strengths
-    and step sizes, and where only a part adapts, the shared parameters get ∂Q_i/∂ω.
+    It takes dφ_i/dθ as the identity, and φ_i as a constant in everything else. So it has no gradient for learned
+    strengths and step sizes. Where only a part adapts, the shared parameters get ∂Q_i/∂ω.
 
     Raises:
-        ValueError: the regulariser has learned strengths, or the inner solver learned step sizes.
+        ValueError: in use, strengths or step sizes are learned.
     """
 
     def estimate(self, problem: SupervisedProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
         """Adapt, judge and differentiate, see :meth:`Estimator.estimate`."""
-        refuse_strengths(self, problem)
-        refuse_rates(self, problem, "it takes the adapted parameters for constants")
+        require_fixed_strengths(self, problem)
+        require_fixed_rates(self, problem, "it takes the adapted parameters as constants")
         with phase(INNER_LOOP):
             inner = inner_solver.solve(problem, problem.start())
         loss, outputs, slope, shared = query_gradient(query, inner.parameters)

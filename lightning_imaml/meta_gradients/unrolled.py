@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_imaml.components.checks import require
 from lightning_imaml.inner.base import InnerSolution, InnerSolver
-from lightning_imaml.meta_gradients.base import Estimate, Estimator, refuse_rates, refuse_strengths
+from lightning_imaml.meta_gradients.base import Estimate, Estimator, require_fixed_rates, require_fixed_strengths
 from lightning_imaml.problems.supervised import SupervisedProblem, TaskLoss, leaf
 from lightning_imaml.runtime.phases import INNER_LOOP, phase
 
@@ -18,7 +18,7 @@ from lightning_imaml.runtime.phases import INNER_LOOP, phase
 class Unrolled(Estimator):
     """Back-propagation through all inner steps: MAML (`Finn et al., 2017 <https://arxiv.org/abs/1703.03400>`_, eq. 1).
 
-    Exact for the iterate that the inner loop ends at, converged or not. Memory grows linearly with the inner steps.
+    It is exact for the last iterate of the inner loop, converged or not. Memory grows linearly with the inner steps.
     """
 
     def estimate(self, problem: SupervisedProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
@@ -26,7 +26,7 @@ class Unrolled(Estimator):
         return _through_steps(problem, query, inner_solver, self.differentiated_steps(inner_solver))
 
     def differentiated_steps(self, inner_solver: InnerSolver) -> int:
-        """All of them."""
+        """All inner steps."""
         return inner_solver.steps
 
 
@@ -34,10 +34,10 @@ class Unrolled(Estimator):
 class Truncated(Estimator):
     """Back-propagation through the last inner steps alone.
 
-    The iterate before them counts as θ plus a constant: with all steps this is :class:`Unrolled`, with none
-    :class:`FirstOrder`. Memory grows with ``last_steps``, not with the inner steps. `Shaban et al. (2019)
-    <https://arxiv.org/abs/1810.10667>`_ truncate a hyper-parameter's gradient, for which the iterate before the last
-    steps is a constant alone; where θ is what the last steps are pulled to, their sum lacks what comes through θ here.
+    The derivative takes the iterate before them as θ plus a constant: all steps give :class:`Unrolled`, no step gives
+    :class:`FirstOrder`. Memory grows with ``last_steps`` and does not depend on the number of inner steps. `Shaban et
+    al. (2019) <https://arxiv.org/abs/1810.10667>`_ truncate the gradient of a hyper-parameter, for which the iterate
+    before the last steps is a constant; for θ, their sum lacks the term that comes through this iterate.
 
     Args:
         last_steps: how many of the last steps to differentiate.
@@ -55,19 +55,20 @@ class Truncated(Estimator):
 
     def estimate(self, problem: SupervisedProblem, query: TaskLoss, inner_solver: InnerSolver) -> Estimate:
         """Adapt, judge and differentiate, see :meth:`Estimator.estimate`."""
-        if self.last_steps > inner_solver.steps or inner_solver.tol > 0:
-            raise ValueError(
-                f"Truncated: last_steps must be at most the inner solver's steps, which must have tol=0 so that every "
-                f"task takes them all; found last_steps={self.last_steps} and {inner_solver}. Lower last_steps, or use "
-                "Unrolled."
-            )
+        most, tol = inner_solver.steps, inner_solver.tol
+        requirement = f"at most the inner solver's steps, {most}"
+        require(
+            self.last_steps <= most, self, "last_steps", requirement, self.last_steps, "Use Unrolled for all steps."
+        )
+        requirement = "0, so that every task takes all steps"
+        require(tol == 0, self, "the inner solver's tol", requirement, tol, "Set tol=0, or use Unrolled.")
         if self.last_steps == 0:
-            refuse_strengths(self, problem)
-            refuse_rates(self, problem, "with last_steps=0 it differentiates no step")
+            require_fixed_strengths(self, problem)
+            require_fixed_rates(self, problem, "with last_steps=0 it differentiates no step")
         return _through_steps(problem, query, inner_solver, self.differentiated_steps(inner_solver))
 
     def differentiated_steps(self, inner_solver: InnerSolver) -> int:
-        """The last ones."""
+        """The last steps alone."""
         return self.last_steps
 
 

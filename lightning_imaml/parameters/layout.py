@@ -1,4 +1,4 @@
-"""Where the parameters of a network lie in a row, and patterns over their names."""
+"""Where the parameters of a network lie in a row."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Layout:
     Attributes:
         names: their names in the network.
         shapes: their shapes in the network.
-        channels_last: whether rows hold the weights of 2-d convolutions as ``[out, height, width, in]``, as
-            compiled convolutions read them.
-        tied: the other names of parameters that have several, each with the one in ``names``.
+        channels_last: whether rows hold the weights of 2-d convolutions as ``[out, height, width, in]``, the order in
+            which compiled convolutions read them.
+        tied: for a parameter with several names, each further name with the one in ``names``.
     """
 
     names: tuple[str, ...]
@@ -38,7 +38,7 @@ class Layout:
 
     def unflatten(self, rows: Tensor) -> dict[str, Tensor]:
         """Cut ``[..., D]`` into named tensors ``[..., *shape]``."""
-        # One split, not one slice a parameter: its backward is one concatenation instead of a zero-filled [T, D] each.
+        # The backward of one split is one concatenation; that of a slice for each parameter fills a [T, D] for each.
         pieces = torch.split(rows, self.sizes, dim=-1)
         named = {}
         for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True):
@@ -71,8 +71,8 @@ class Layout:
         return Layout(self.names, self.shapes)
 
     def _reordered(self) -> bool:
-        # Not where nothing moves: of a vector that is cut and put together again as it was, PyTorch 2.14's compiler
-        # takes wrong gradients.
+        # Where nothing moves, rows stay as they are: Inductor of PyTorch 2.14 computes wrong gradients of a vector that
+        # is cut and put together again unchanged.
         return any(self._moved(shape) for shape in self.shapes)
 
     def _moved(self, shape: tuple[int, ...]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,22 +16,22 @@ from lightning_imaml.parameters.names import matches, require_matches
 from lightning_imaml.parameters.rows import Rows
 
 Value = float | Mapping[str, float]
-"""A positive number, or patterns over parameter names with one each; the first pattern that matches a name counts."""
+"""A positive number, or one for each pattern over parameter names; the first pattern that matches a name counts."""
 Granularity = Literal["layer", "parameter"]
-"""What has a learned value of its own: each layer, or each single entry of the parameters."""
+"""Each layer has a learned value of its own, or each single entry of the parameters has."""
 Bounds = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Positive:
-    r"""Positive numbers by place, fixed or learned.
+    r"""Positive numbers, fixed or learned, that know which entries of a row they belong to.
 
-    What is learned is the logarithm, ``log_<name>``, which keeps the number positive; or with bounds (a, b)
-    ``logit_<name>``, s in a (b/a)^σ(s), which keeps it between them and has a gradient everywhere.
+    The learned parameter is the logarithm, ``log_<name>``, which keeps the number positive. With bounds (a, b) it is
+    ``logit_<name>``, s in a (b/a)^σ(s), which keeps the number between them and has a gradient everywhere.
 
     Attributes:
         name: what the numbers are.
-        layout: the places; None where one number serves all.
+        layout: the parameters of a row; None where one number serves all.
         start: the first value of each group.
         groups: which group each parameter belongs to.
         learned: whether they are learned.
@@ -49,40 +49,35 @@ class Positive:
 
     @property
     def leaf(self) -> str:
-        """The name of what is learned."""
+        """The name of the learned parameter."""
         return f"{'logit' if self.bounds else 'log'}_{self.name}"
 
     def init(self, model: Rows) -> dict[str, Tensor]:
-        """What is learned at the start: a scalar, one number for each group ``[groups]``, or for each entry ``[D]``."""
+        """The learned parameter's first value: a scalar, one for each group ``[groups]``, or for each entry ``[D]``."""
         if not self.learned:
             return {}
         raw = torch.tensor([self._raw(value) for value in self.start], dtype=model.dtype, device=model.device)
         if self.every_entry:
-            # A copy, not a view of a few numbers: an optimizer writes to it. Entries are in the network's order.
+            # Clone: an optimizer writes to it, and must not meet a view of a few numbers. The order is the network's.
             return {self.leaf: self._spread(raw).clone()}
         return {self.leaf: raw if len(self.start) > 1 else raw[0]}
 
     def values(self, learned: Mapping[str, Tensor], like: Tensor) -> Tensor | float:
         """The numbers themselves: one for all, or ``[D]`` with the dtype and device of ``like``."""
         if not self.learned:
-            return self.start[0] if len(self.start) == 1 else self._fixed(like)
+            # These tensors are made on the device: a list of numbers would be copied there in every step.
+            return self.start[0] if len(self.start) == 1 else self._spread([like.new_full((), v) for v in self.start])
         raw = learned[self.leaf]
         positive = raw.exp() if self.bounds is None else self._between(raw, *self.bounds)
         if self.every_entry and self.layout is not None:
             return self.layout.row_order(positive)
         return positive if len(self.start) == 1 else self._spread(positive)
 
-    def _spread(self, values: Tensor) -> Tensor:
-        """One number for each group to one for each entry, ``[D]``."""
+    def _spread(self, values: Tensor | Sequence[Tensor]) -> Tensor:
+        """Expand one number for each group to one for each entry, ``[D]``."""
         assert self.layout is not None
         sizes = zip(self.groups, self.layout.sizes, strict=True)
         return torch.cat([values[group].expand(size) for group, size in sizes])
-
-    def _fixed(self, like: Tensor) -> Tensor:
-        # On the device from the start: a tensor of the values would be copied there in every step.
-        assert self.layout is not None
-        sizes = zip(self.groups, self.layout.sizes, strict=True)
-        return torch.cat([like.new_full((size,), self.start[group]) for group, size in sizes])
 
     def _raw(self, value: float) -> float:
         if self.bounds is None:
@@ -96,22 +91,22 @@ class Positive:
         return low * (math.log(high / low) * raw.sigmoid()).exp()
 
 
-def check(
+def require_positive(
     owner: object, name: str, value: Value, learned: bool, per: Granularity | None, bounds: Bounds | None, remedy: str
 ) -> None:
-    """Raise a ValueError unless these settings of an owner's argument make sense together.
+    """Raise a ValueError unless an argument is positive and ``learned``, ``per`` and ``bounds`` fit it.
 
     Args:
-        owner: whose argument it is.
-        name: of the argument.
+        owner: the object whose argument this is.
+        name: the argument's name.
         value: what was given for it.
         learned: whether it is learned.
         per: what has a learned value of its own.
-        bounds: of learned values.
+        bounds: the lowest and the highest learned value.
         remedy: what to do where the value is not positive.
     """
     numbers = list(value.values()) if isinstance(value, Mapping) else [value]
-    positive = bool(numbers) and all(math.isfinite(number) and number > 0 for number in numbers)
+    positive = bool(numbers) and all(0 < number < math.inf for number in numbers)
     kind = "a positive finite number" + (", or patterns with one each" if isinstance(value, Mapping) else "")
     require(positive, owner, name, kind, value, remedy)
     choices = "'layer', 'parameter' or None"
@@ -137,10 +132,12 @@ def place(
     """
     if layout is None or (per is None and not isinstance(value, Mapping)):
         if isinstance(value, Mapping) or per is not None:
-            raise ValueError(f"{name} must be one number where the network is not known; found {value}, per {per!r}.")
+            raise ValueError(
+                f"{name} must be one number without a layout; found {value}, per {per!r}. Call for_layout."
+            )
         return Positive(name, None, (float(value),), (), learned, False, bounds)
     patterns = dict(value) if isinstance(value, Mapping) else {"*": value}
-    names = [layout.names_of(own) for own in layout.names]  # Of a tied parameter, any counts.
+    names = [layout.names_of(own) for own in layout.names]  # Any name of a tied parameter counts.
     require_matches(patterns, [own for owns in names for own in owns], name)
     found = [next((p for p in patterns if any(matches(own, [p]) for own in owns)), None) for owns in names]
     lacking = [own for own, pattern in zip(layout.names, found, strict=True) if pattern is None]
@@ -150,11 +147,8 @@ def place(
             "the last pattern for all others."
         )
     unused = [pattern for pattern in patterns if pattern not in found]
-    if unused:
-        raise ValueError(
-            f"every pattern of {name} must be the first to match some parameter; found {unused}, whose names earlier "
-            f"patterns take. Put the narrower patterns first; the names are {list(layout.names)}."
-        )
+    remedy = f"Put the narrower patterns first; the names are {list(layout.names)}."
+    require(not unused, None, f"every pattern of {name}", "the first to match some parameter", unused, remedy)
     keys = [
         (pattern, own.rpartition(".")[0]) if per == "layer" else (pattern, "")
         for own, pattern in zip(layout.names, found, strict=True)

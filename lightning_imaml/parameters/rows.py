@@ -1,4 +1,4 @@
-"""What regularisers and solvers know of a network whose parameters are rows."""
+"""The part of a network over rows of parameters that regularisers and solvers see."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lightning_imaml.parameters.layout import Layout
 
 
 class Rows(Protocol):
-    """Rows ``[T, D]`` of parameters: which ones, and of which kind."""
+    """Rows ``[T, D]`` of parameters: their layout, dtype and device."""
 
     @property
     def layout(self) -> Layout:
-        """The parameters of a row, one after the other."""
+        """Where each parameter lies in a row."""
 
     @property
     def dtype(self) -> torch.dtype:

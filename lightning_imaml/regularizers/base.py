@@ -25,9 +25,9 @@ class Regularizer(Component, ABC):
         return {}
 
     def for_layout(self, layout: Layout) -> Regularizer:
-        """The same regulariser, knowing which parameters the rows hold; itself where that makes no difference.
+        """The regulariser for rows of this layout; itself where the layout makes no difference.
 
-        With ``compile=True``, what this returns must be hashable.
+        With ``compile=True``, the returned regulariser must be hashable.
         """
         return self
 
@@ -38,7 +38,7 @@ class Regularizer(Component, ABC):
         Args:
             parameters: φ, ``[T, D]``.
             initial: θ, ``[D]``.
-            strengths: λ, as :meth:`init` named them.
+            strengths: λ, by the names of :meth:`init`.
 
         Returns:
             ``[T]``.

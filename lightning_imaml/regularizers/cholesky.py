@@ -8,30 +8,25 @@ import torch
 from torch import Tensor
 
 from lightning_imaml.components.checks import require
+from lightning_imaml.parameters.rows import Rows
 
 _LARGEST = 2048
 
 
-def scaled_identity(scale: float, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What :func:`factor` turns to √scale · I, ``[size, size]``."""
-    return torch.eye(size, dtype=dtype, device=device) * (math.log(scale) / 2)
+def scaled_identity(owner: object, argument: str, scale: float, size: int, model: Rows, remedy: str) -> Tensor:
+    """What :func:`factor` turns into √scale · I: ``[size, size]``, with the dtype and device of the rows.
+
+    Raises:
+        ValueError: the dense matrix would be too large; the message names the owner, the argument and the remedy.
+    """
+    require(size <= _LARGEST, owner, argument, f"at most {_LARGEST}, since its matrix is dense", size, remedy)
+    return torch.eye(size, dtype=model.dtype, device=model.device) * (math.log(scale) / 2)
 
 
 def factor(log_cholesky: Tensor) -> Tensor:
     """The lower triangular L of M = L Lᵀ from any square matrix, ``[n, n]``.
 
-    Its diagonal holds the logarithms of L's, so that M is positive definite whatever the numbers are
-    (`Pinheiro and Bates, 1996 <https://doi.org/10.1007/BF00140873>`_, log-Cholesky); the part above is not used.
+    The diagonal holds the logarithms of L's diagonal, so that M is positive definite whatever the numbers are
+    (`Pinheiro and Bates, 1996 <https://doi.org/10.1007/BF00140873>`_, log-Cholesky). The part above it has no effect.
     """
     return log_cholesky.tril(-1) + torch.diag_embed(log_cholesky.diagonal().exp())
-
-
-def require_small(owner: object, what: str, size: int, remedy: str) -> None:
-    """Raise a ValueError if a dense matrix of this size would be too large."""
-    require(size <= _LARGEST, owner, what, f"at most {_LARGEST}, since its matrix is dense", size, remedy)
-
-
-def require_positive(owner: object, strength: float) -> None:
-    """Raise a ValueError unless a matrix may start as this times the identity."""
-    positive = math.isfinite(strength) and strength > 0
-    require(positive, owner, "strength", "a positive finite number", strength, "The paper takes 2.")

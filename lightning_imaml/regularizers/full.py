@@ -8,18 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_imaml.parameters.layout import Layout
 from lightning_imaml.parameters.rows import Rows
-from lightning_imaml.regularizers.cholesky import factor, require_positive, require_small, scaled_identity
-from lightning_imaml.regularizers.matrix import InNetworkOrder, MatrixProximal
+from lightning_imaml.regularizers.cholesky import factor, scaled_identity
+from lightning_imaml.regularizers.matrix import LearnedMatrix
 
 
 @dataclass(frozen=True)
-class FullProximal(MatrixProximal):
+class FullProximal(LearnedMatrix):
     """:class:`MatrixProximal` with a full learned matrix M = L Lᵀ over all D adapted parameters, for small D.
 
-    The strength ``log_cholesky``, ``[D, D]``, holds L: the strictly lower triangle as it is, the logarithms of the
-    diagonal; its upper triangle has no effect. A product costs D² operations a task.
+    The strength ``log_cholesky``, ``[D, D]``, holds L: its strictly lower triangle, and the logarithms of its diagonal.
+    The upper triangle of ``log_cholesky`` has no effect. A product costs D² operations a task.
 
     Args:
         strength: M starts as this times the identity.
@@ -28,21 +27,12 @@ class FullProximal(MatrixProximal):
         ValueError: ``strength`` is not a positive finite number; in use, D is above 2048.
     """
 
-    strength: float = 2.0
-
-    def __post_init__(self) -> None:
-        require_positive(self, self.strength)
-
     def init(self, model: Rows) -> dict[str, Tensor]:
         """``log_cholesky``, ``[D, D]``."""
         size = sum(model.layout.sizes)
         remedy = "Use KroneckerProximal or LowRankProximal, or adapt fewer parameters."
-        require_small(self, "the number of adapted parameters", size, remedy)
-        return {"log_cholesky": scaled_identity(self.strength, size, model.dtype, model.device)}
-
-    def for_layout(self, layout: Layout) -> MatrixProximal:
-        """The same with the order of the entries."""
-        return InNetworkOrder(self, layout) if layout.channels_last else self
+        start = scaled_identity(self, "the number of adapted parameters", self.strength, size, model, remedy)
+        return {"log_cholesky": start}
 
     def multiply(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
         """L Lᵀ times every row, ``[T, D]``."""

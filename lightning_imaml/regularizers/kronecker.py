@@ -11,21 +11,21 @@ from torch import Tensor
 
 from lightning_imaml.parameters.layout import Layout
 from lightning_imaml.parameters.rows import Rows
-from lightning_imaml.regularizers.cholesky import factor, require_positive, require_small, scaled_identity
-from lightning_imaml.regularizers.matrix import MatrixProximal
+from lightning_imaml.regularizers.cholesky import factor, scaled_identity
+from lightning_imaml.regularizers.matrix import LearnedMatrix, MatrixProximal
 
 
 @dataclass(frozen=True)
-class KroneckerProximal(MatrixProximal):
-    """:class:`MatrixProximal` with M = A ⊗ B for each weight, block by block, and a diagonal for each vector.
+class KroneckerProximal(LearnedMatrix):
+    """:class:`MatrixProximal` with a block M = A ⊗ B for each weight, and a diagonal block for each vector.
 
-    A weight is viewed as a matrix W, ``[out, in]``, the kernel of a convolution as ``[out, in · height · width]``; then
-    (A ⊗ B) vec W = A W B, with A ``[out, out]`` and B ``[in, in]``, both symmetric positive definite and learned, as
-    in K-FAC's curvature (`Martens and Grosse, 2015 <https://arxiv.org/abs/1503.05671>`_). Biases and the scales of
-    normalisations have one strength an entry. A product costs 2 (out + in) operations for each entry of a weight.
+    A weight counts as a matrix W, ``[out, in]``, the kernel of a convolution as ``[out, in · height · width]``. Then
+    (A ⊗ B) vec W = A W B, where A ``[out, out]`` and B ``[in, in]`` are symmetric positive definite and learned, as in
+    K-FAC's curvature (`Martens and Grosse, 2015 <https://arxiv.org/abs/1503.05671>`_). Biases and the scales of
+    normalisations have one strength for each entry. A product costs 2 (out + in) operations for each entry of a weight.
 
-    The strengths of a parameter ``a.b`` are ``a/b/rows`` (A) and ``a/b/columns`` (B), see
-    :class:`~lightning_imaml.regularizers.FullProximal`, or ``a/b/log_diagonal``.
+    A weight ``a.b`` has the strengths ``a/b/rows`` for A and ``a/b/columns`` for B, both in the form of
+    :class:`~lightning_imaml.regularizers.FullProximal`; a vector has ``a/b/log_diagonal``.
 
     Args:
         strength: M starts as this times the identity.
@@ -33,11 +33,6 @@ class KroneckerProximal(MatrixProximal):
     Raises:
         ValueError: ``strength`` is not a positive finite number; in use, a side of a weight is above 2048.
     """
-
-    strength: float = 2.0
-
-    def __post_init__(self) -> None:
-        require_positive(self, self.strength)
 
     def init(self, model: Rows) -> dict[str, Tensor]:
         """A and B, or the diagonal, of every parameter."""
@@ -49,79 +44,73 @@ class KroneckerProximal(MatrixProximal):
                 found[_key(name, "log_diagonal")] = start
                 continue
             for part, size in (("rows", shape[0]), ("columns", math.prod(shape[1:]))):
-                require_small(self, f"the {part} of {name!r}", size, remedy)
-                found[_key(name, part)] = scaled_identity(self.strength**0.5, size, model.dtype, model.device)
+                argument, scale = f"the {part} of {name!r}", self.strength**0.5
+                found[_key(name, part)] = scaled_identity(self, argument, scale, size, model, remedy)
         return found
 
     def for_layout(self, layout: Layout) -> MatrixProximal:
-        """The same with the blocks of these parameters."""
+        """The regulariser with the blocks of these parameters."""
         return _Blocks(layout)
 
     def multiply(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
-        """Refuse: the blocks belong to parameters."""
-        raise _without_layout()
+        """Refuse: the blocks belong to parameters.
 
-    def solve(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
-        """Refuse: the blocks belong to parameters."""
-        raise _without_layout()
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "KroneckerProximal: the layout must be known, since each block belongs to a parameter; found rows alone. "
+            "Use for_layout(layout)."
+        )
 
-    def diagonal(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
-        """Refuse: the blocks belong to parameters."""
-        raise _without_layout()
+    solve = diagonal = multiply
 
 
 @dataclass(frozen=True)
 class _Blocks(MatrixProximal):
+    """:class:`KroneckerProximal` for rows with a known layout."""
+
     layout: Layout
 
     def multiply(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
-        def block(name: str, part: Tensor) -> Tensor:
-            diagonal = strengths.get(_key(name, "log_diagonal"))
-            if diagonal is not None:
-                return part.reshape(len(part), -1) * diagonal.exp()
-            a, b = _factors(name, strengths)
-            return a @ (a.mT @ part.flatten(2) @ b) @ b.mT
+        def of_matrix(part: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            return a @ (a.mT @ part @ b) @ b.mT
 
-        return self._by_block(rows, block)
+        return self._by_block(rows, strengths, torch.mul, of_matrix)
 
     def solve(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
-        def block(name: str, part: Tensor) -> Tensor:
-            diagonal = strengths.get(_key(name, "log_diagonal"))
-            if diagonal is not None:
-                return part.reshape(len(part), -1) / diagonal.exp()
-            a, b = _factors(name, strengths)
-            left = torch.cholesky_solve(part.flatten(2), a.expand(len(part), -1, -1))
+        def of_matrix(part: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            left = torch.cholesky_solve(part, a.expand(len(part), -1, -1))
             return torch.cholesky_solve(left.mT, b.expand(len(part), -1, -1)).mT
 
-        return self._by_block(rows, block)
+        return self._by_block(rows, strengths, torch.div, of_matrix)
 
     def diagonal(self, rows: Tensor, strengths: Mapping[str, Tensor]) -> Tensor:
-        def block(name: str, part: Tensor) -> Tensor:
-            diagonal = strengths.get(_key(name, "log_diagonal"))
-            if diagonal is not None:
-                return diagonal.exp()
-            a, b = (lower.square().sum(dim=1) for lower in _factors(name, strengths))
-            return torch.outer(a, b)
+        def of_matrix(part: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            return torch.outer(a.square().sum(dim=1), b.square().sum(dim=1))
 
-        return self._by_block(rows[:1], block)[0]
+        return self._by_block(rows[:1], strengths, lambda part, diagonal: diagonal, of_matrix)[0]
 
-    def _by_block(self, rows: Tensor, block: Callable[[str, Tensor], Tensor]) -> Tensor:
-        parts = self.layout.unflatten(rows)
-        named = {name: block(name, part).reshape(part.shape) for name, part in parts.items()}
+    def _by_block(
+        self,
+        rows: Tensor,
+        strengths: Mapping[str, Tensor],
+        of_vector: Callable[[Tensor, Tensor], Tensor],
+        of_matrix: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Apply ``of_vector`` to each vector and its diagonal, ``of_matrix`` to each weight and its two factors."""
+        named = {}
+        for name, part in self.layout.unflatten(rows).items():
+            log_diagonal = strengths.get(_key(name, "log_diagonal"))
+            if log_diagonal is not None:
+                block = of_vector(part.reshape(len(part), -1), log_diagonal.exp())
+            else:
+                a, b = (factor(strengths[_key(name, side)]) for side in ("rows", "columns"))
+                block = of_matrix(part.flatten(2), a, b)
+            named[name] = block.reshape(part.shape)
         return self.layout.flatten(named)
 
 
 def _key(name: str, part: str) -> str:
-    # Module parameters have no dots in their names.
+    # Names in a ParameterDict have no dots.
     return f"{name.replace('.', '/')}/{part}"
-
-
-def _factors(name: str, strengths: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    return factor(strengths[_key(name, "rows")]), factor(strengths[_key(name, "columns")])
-
-
-def _without_layout() -> ValueError:
-    return ValueError(
-        "KroneckerProximal: the network must be known, since its blocks belong to parameters; found rows alone. Use "
-        "what for_layout(layout) returns."
-    )

@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def plain_attention() -> Iterator[None]:
     """Let PyTorch compute attention by matrix products within the block, and put its settings back afterwards.
 
-    Its fused kernels have no second derivative, and on CPU no batching rule either. The fast path of
-    ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` in evaluation has no derivative at all, and is taken
-    since vmap hides that its inputs require one.
+    PyTorch's fused attention kernels have no second derivative, and on CPU they have no batching rule either. In
+    evaluation mode, ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` take a fast path that has no
+    derivative at all: they see no input that requires a gradient, since vmap hides it.
     """
     fast = mha.get_fastpath_enabled()
     mha.set_fastpath_enabled(False)

@@ -14,13 +14,13 @@ META_STEP = "meta_step"
 
 
 class PhaseListener(Protocol):
-    """Whatever wants to know when a phase begins and ends; phases nest."""
+    """An object that hears when a phase begins and ends; phases nest."""
 
     def enter(self, name: str) -> None:
-        """Called when the phase called ``name`` begins."""
+        """Hear that the phase ``name`` begins."""
 
     def exit(self, name: str) -> None:
-        """Called when the phase called ``name`` ends, also when it ends by an exception."""
+        """Hear that the phase ``name`` ends, also when it ends by an exception."""
 
 
 _listeners: list[PhaseListener] = []

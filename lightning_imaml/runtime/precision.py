@@ -1,4 +1,4 @@
-"""Float32 in all its bits: parameters that stay in it, and PyTorch's settings that let inputs be rounded."""
+"""The default dtype, and the PyTorch settings that let float32 operations round their inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def _settings() -> list[Any]:
-    """What has a setting ``fp32_precision`` of its own, since PyTorch 2.9."""
+    """The operations with a setting ``fp32_precision`` of their own, which PyTorch has since 2.9."""
     cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
     operations = [cuda.matmul, *(getattr(part, name, None) for part, name in (
         (cudnn, "conv"), (cudnn, "rnn"), (mkldnn, "matmul"), (mkldnn, "conv"), (mkldnn, "rnn")
@@ -20,7 +20,7 @@ def _settings() -> list[Any]:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Make new tensors in this dtype where none is said."""
+    """Let ``dtype`` be the default dtype of new tensors in the enclosed code."""
     outside = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -31,11 +31,12 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Compute without TF32 (10 bits, PyTorch's default for convolutions on a GPU) and without bfloat16 in their place.
+    """Let float32 operations keep all bits of their inputs in the enclosed code, without TF32 and bfloat16.
 
-    Afterwards every setting is as before, the older ones (``allow_tf32``, ``torch.set_float32_matmul_precision``) and
-    those that took their place in PyTorch 2.9 (``fp32_precision``). PyTorch refuses to read an older one that
-    contradicts its successor, so inside they agree where they all agreed outside.
+    TF32 has 10 bits, and PyTorch uses it for convolutions on a GPU by default. Afterwards every setting is as before:
+    the older ones (``allow_tf32``, ``torch.set_float32_matmul_precision``) and ``fp32_precision``, which replaces them
+    since PyTorch 2.9. PyTorch refuses to read an older setting that contradicts its successor, so the older ones are
+    set too where they can be read.
     """
     operations = _settings()
     saved = [operation.fp32_precision for operation in operations]
@@ -56,12 +57,12 @@ def full_float32() -> Iterator[None]:
             torch.set_float32_matmul_precision(matmul)
         for operation, precision in zip(operations, saved, strict=True):
             operation.fp32_precision = "none"
-            if operation.fp32_precision != precision:  # Not inherited from a setting for all operations.
+            if operation.fp32_precision != precision:  # It is this operation's own, not inherited.
                 operation.fp32_precision = precision
 
 
 def _if_readable(setting: Callable[[], Any]) -> Any:
-    """An older setting; None where the newer ones contradict it."""
+    """The value of an older setting; None where a newer one contradicts it, which PyTorch refuses to read."""
     try:
         return setting()
     except RuntimeError:

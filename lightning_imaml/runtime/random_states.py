@@ -1,4 +1,4 @@
-"""The random states that a computation on one device draws from."""
+"""The states of the random generators that a computation on one device draws from."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def random_states(device: torch.device) -> list[Tensor]:
 
 
 def set_random_states(states: list[Tensor], device: torch.device) -> None:
-    """Put states of :func:`random_states` back, also on a machine without that GPU."""
+    """Restore what :func:`random_states` returned, also on a machine without that GPU."""
     torch.set_rng_state(states[0].cpu())
     if device.type == "cuda" and len(states) > 1:
         torch.cuda.set_rng_state(states[1].cpu(), device)
 
 
 def seed_random_states(device: torch.device, *numbers: int) -> None:
-    """Seed the same generators by numbers that name a stream: a run's seed, a rank, a batch."""
-    # A hash, since seeds that differ by one may give alike streams.
+    """Seed these generators by numbers that name a stream: a run's seed, a rank, a batch."""
+    # Seeds that differ by one may give similar streams; hashes of them differ everywhere.
     name = " ".join(map(str, numbers)).encode()
     seed = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
     torch.default_generator.manual_seed(seed)

@@ -49,7 +49,7 @@ BAD_INPUT = {
     "labels beyond the ways": (lambda: run(linear(), with_targets(7)), r"targets must lie in 0 … 4.*found 7"),
     "inputs of another dtype": (
         lambda: run(linear(), EPISODE._replace(query_inputs=EPISODE.query_inputs.double())),
-        r"query_inputs must have the backbone's dtype torch.float32; found torch.float64. Convert",
+        r"query_inputs must be of the backbone's dtype torch.float32; found torch.float64. Convert",
     ),
     "parameters of mixed dtypes": (
         lambda: run(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 5).double())),
@@ -78,15 +78,15 @@ BAD_INPUT = {
     ),
     "learned strength without a gradient": (
         lambda: run(linear(), estimator=FirstOrder(), regularizer=Proximal(1.0, learned=True)),
-        r"no learned strengths, since it has no gradient for them; found \['log_strength'\]. Fix them",
+        r"the strengths must be fixed, since it has no gradient .*; found \['log_strength'\]. Set learned",
     ),
     "strengths of another name": (
         lambda: run(linear(), regularizer=Proximal(1.0, learned=True), strengths={"strength": torch.ones(())}),
-        r"strengths must hold .* that Proximal learns, \{'log_strength': \[\]\}; found \{'strength': \[\]\}",
+        r"strengths must be tensors .* that Proximal learns, \{'log_strength': \[\]\}; found \{'strength': \[\]\}",
     ),
     "strengths where none are learned": (
         lambda: run(linear(), strengths={"log_strength": torch.ones(())}),
-        r"strengths must hold .* that Proximal learns, \{\}; found \{'log_strength': \[\]\}",
+        r"strengths must be tensors .* that Proximal learns, \{\}; found \{'log_strength': \[\]\}",
     ),
     "strengths of another shape": (
         lambda: run(
@@ -103,7 +103,7 @@ BAD_INPUT = {
             inner_solver=GradientDescent(0.1, 2, learned=True),
             rates={"lr": torch.ones(())},
         ),
-        r"rates must hold .* that GradientDescent learns, \{'log_lr': \[\]\}; found \{'lr': \[\]\}. .*method rates",
+        r"rates must be tensors .* that GradientDescent learns, \{'log_lr': \[\]\}; found \{'lr': \[\]\}. Take .*rates",
     ),
 }
 

@@ -55,7 +55,9 @@ def test_each_loader_has_a_table(capsys, monkeypatch):
 
 
 def test_one_curve_takes_one_loader():
-    with pytest.raises(ValueError, match=r"AdaptationCurve: a test must have one dataloader.*found 3"):
+    with pytest.raises(
+        ValueError, match=r"AdaptationCurve: the number of dataloaders must be 1, since there is one curve; found 3"
+    ):
         trainer(AdaptationCurve()).test(module(), loaders(), verbose=False)
 
 

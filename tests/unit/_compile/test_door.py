@@ -359,7 +359,7 @@ def test_networks_may_go_while_another_is_forgotten(recorded, monkeypatch):
         return network_of(key)
 
     monkeypatch.setattr(door, "_network", collect)
-    door._forget_the_dead()
+    door._forget_collected()
     assert not door._kept
 
 

@@ -255,14 +255,17 @@ def test_an_adapter_adds_a_matrix_of_low_rank(padding_mode):
     [
         (
             lambda net: run(net, adapt_only=("head.*",)),
-            r"adapt_only must hold patterns .*found \['head.\*'\].*out",
+            r"adapt_only must be patterns .*found \['head.\*'\].*out",
         ),
         (lambda net: run(net, adapt_only="out.*"), r"adapt_only must be a sequence of patterns.*found 'out.\*'"),
         (lambda net: IMAMLModule(net, adapt_only="out.*"), r"adapt_only must be a sequence.*found 'out.\*'"),
         (lambda net: run(net, adapt_only=()), r"adapt_only must be a sequence of patterns"),
-        (lambda net: run(net, Reptile()), r"Reptile: all trainable parameters must adapt.*found \['hidden.weight'"),
-        (lambda net: run(net, regularizer=Proximal({"hidden.*": 1.0, "*": 1.0})), r"\['hidden.\*'\], which match none"),
-        (lambda net: add_low_rank_adapters(net, layers=("conv*",)), r"layers must hold patterns .*\['hidden', 'out'\]"),
+        (lambda net: run(net, Reptile()), r"Reptile: .* that do not adapt must be frozen.*found \['hidden.weight'"),
+        (
+            lambda net: run(net, regularizer=Proximal({"hidden.*": 1.0, "*": 1.0})),
+            r"strength must be patterns.*found \['hidden.\*'\]",
+        ),
+        (lambda net: add_low_rank_adapters(net, layers=("conv*",)), r"layers must be patterns .*\['hidden', 'out'\]"),
         (lambda net: add_low_rank_adapters(net, rank=0), "rank must be at least 1; found 0"),
     ],
 )

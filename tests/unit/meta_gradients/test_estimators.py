@@ -126,16 +126,31 @@ GD = GradientDescent(0.1, 4)
 @pytest.mark.parametrize(
     ("estimator", "solver", "regularizer", "words"),
     [
-        (Reptile(), GD, LEARNED, r"Reptile: .*no learned strengths.*found \['log_strength'\]. Fix them"),
-        (Truncated(0), GD, LEARNED, r"Truncated: .*no learned strengths.*found \['log_strength'\]"),
-        (Truncated(5), GD, Proximal(1.0), r"last_steps must be at most the inner solver's steps.*found last_steps=5"),
-        (Truncated(2), GradientDescent(0.1, 4, tol=1e-3), Proximal(1.0), r"must have tol=0.*Lower last_steps"),
-        (Unrolled(), HessianFree(2), Proximal(1.0), r"HessianFree: its steps must not be differentiated.*Use Implicit"),
+        (Reptile(), GD, LEARNED, r"Reptile: the strengths must be fixed.*found \['log_strength'\]. Set learned"),
+        (Truncated(0), GD, LEARNED, r"Truncated: the strengths must be fixed.*found \['log_strength'\]"),
+        (
+            Truncated(5),
+            GD,
+            Proximal(1.0),
+            r"last_steps must be at most the inner solver's steps, 4; found 5. Use Unrolled",
+        ),
+        (
+            Truncated(2),
+            GradientDescent(0.1, 4, tol=1e-3),
+            Proximal(1.0),
+            r"the inner solver's tol must be 0, .*found 0.001. Set tol=0",
+        ),
+        (
+            Unrolled(),
+            HessianFree(2),
+            Proximal(1.0),
+            r"HessianFree: the number of differentiated steps must be 0.*Use Impl",
+        ),
         (
             Unrolled(),
             TorchOptimizer(torch.optim.Adam, 2),
             Proximal(1.0),
-            r"TorchOptimizer: its steps must not be differentiated; found an estimator that asks for the last 2. Use",
+            r"TorchOptimizer: .* steps must be 0, since its steps have no derivative; found 2. Use Implicit",
         ),
     ],
 )
