@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_refused():
     network, parameters = TanhNet().double(), {"hidden.bias": torch.zeros(2, 4, dtype=torch.float64)}
     with pytest.raises(IndexError, match="task must be from 0 to 1, the tasks of the parameters; found 2"):
         adapted_network(network, parameters, task=2)
-    with pytest.raises(ValueError, match=r"parameters must be named as those of TanhNet; found \['hidden.bias'\]"):
+    with pytest.raises(ValueError, match=r"parameters must be named as those of Linear; found \['hidden.bias'\]"):
         adapted_network(nn.Linear(4, 4), parameters)
     with pytest.raises(ValueError, match="support_inputs must be given"):
         adapted_network(conv(), {"classifier.bias": torch.zeros(1, 3, dtype=torch.float64)})
