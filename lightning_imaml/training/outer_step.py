@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
 
+from lightning_imaml.components import metric_names as names
 from lightning_imaml.components.checks import require_at_least_one, require_choice
 from lightning_imaml.functional import MetaGradient
 from lightning_imaml.metrics import accuracy_of_tasks, ignore_index_of, is_classification
@@ -81,16 +82,16 @@ def training_values(
         before: the unadapted network's outputs for them; None where they were not computed.
         ignore_index: the class index that the accuracies leave out besides the negative ones.
     """
-    values = {"train/outer_loss": result.loss.mean(), "train/inner_residual": result.adapted.residual.mean()}
+    values = {names.OUTER_LOSS: result.loss.mean(), names.INNER_RESIDUAL: result.adapted.residual.mean()}
     if isinstance(targets, Tensor) and is_classification(result.query_outputs, targets[result.tasks]):
         targets = targets[result.tasks]
-        values["train/accuracy"] = accuracy_of_tasks(result.query_outputs, targets, ignore_index).mean()
+        values[names.ACCURACY] = accuracy_of_tasks(result.query_outputs, targets, ignore_index).mean()
         if before is not None:
-            values["train/accuracy_before"] = accuracy_of_tasks(before[result.tasks], targets, ignore_index).mean()
+            values[names.ACCURACY_BEFORE] = accuracy_of_tasks(before[result.tasks], targets, ignore_index).mean()
     if result.linear is not None:
-        values["train/linear_residual"] = result.linear.residual.mean()
-        values["train/linear_steps"] = result.linear.steps.float().mean()
-        values["train/indefinite"] = result.linear.indefinite.float().mean()
+        values[names.LINEAR_RESIDUAL] = result.linear.residual.mean()
+        values[names.LINEAR_STEPS] = result.linear.steps.float().mean()
+        values[names.INDEFINITE] = result.linear.indefinite.float().mean()
     return values
 
 
@@ -232,8 +233,8 @@ class OuterStep(OuterState):
             return {}, 0
         batches, self._values = self._values, []
         total = sum(tasks for tasks, _ in batches)
-        names = batches[0][1] if batches else {}
-        sums = {name: torch.stack([tasks * values[name] for tasks, values in batches]).sum(dim=0) for name in names}
+        first = batches[0][1] if batches else {}
+        sums = {name: torch.stack([tasks * values[name] for tasks, values in batches]).sum(dim=0) for name in first}
         return {name: value / total for name, value in sums.items()}, total
 
     def log_meta_step(
@@ -254,19 +255,19 @@ class OuterStep(OuterState):
         values = training_values(result, targets, before, ignore_index_of(self))
         values = self.mean_over_ranks(values, len(result.tasks), counts)
         means, tasks = self.means_of_meta_step(values, sum(counts), due)
-        bar = ("train/outer_loss", "train/accuracy")
+        bar = (names.OUTER_LOSS, names.ACCURACY)
         for name, value in means.items():
             self.log(name, value, prog_bar=name in bar, batch_size=tasks)
         if not sum(counts):
             return None
-        indefinite = values.get("train/indefinite")
+        indefinite = values.get(names.INDEFINITE)
         if indefinite is not None and before is not None and not self._warned_indefinite and indefinite > 0.5:
             self._warned_indefinite = True
             rank_zero_warn(
                 f"the linear system is indefinite for {indefinite:.0%} of this batch's tasks, so the meta-gradient "
                 "is far from exact. Use Implicit(..., curvature=GaussNewton()), a stronger regulariser or damping."
             )
-        return values["train/outer_loss"]
+        return values[names.OUTER_LOSS]
 
     def accumulate(self, surrogate: Tensor, tasks: int, counts: list[int], due: bool) -> None:
         """Add a meta-gradient to ``.grad`` by a backward pass, and step if due.
@@ -325,7 +326,7 @@ class OuterStep(OuterState):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the meta-gradient's norm as ``train/grad_norm`` and clip it, here where a GradScaler has unscaled it."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        self.log(names.GRADIENT_NORM, torch.nn.utils.get_total_norm(gradients))
         if self.gradient_clip_val is not None:
             self.configure_gradient_clipping(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
         self._clipped = True
