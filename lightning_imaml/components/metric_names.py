@@ -16,6 +16,7 @@ LINEAR_RESIDUAL = TRAINING + "linear_residual"
 LINEAR_STEPS = TRAINING + "linear_steps"
 INDEFINITE = TRAINING + "indefinite"
 GRADIENT_NORM = TRAINING + "grad_norm"
+LEARNING_RATE = TRAINING + "lr"
 
 # Of an evaluation, each after its stage: the names of configure_metrics beside these.
 LOSS = "loss"
