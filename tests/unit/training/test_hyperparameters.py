@@ -136,9 +136,9 @@ def test_values_of_omegaconf_become_plain_and_others_stay(configs):
     assert without_configs(solver) is solver
     kept = [1, (2, 3), {"a": math.pi}]
     assert without_configs(kept) is kept
-    assert without_configs((configs.create([1]), {"a": configs.create({"b": "${oc.decode:2}"})})) == (
+    assert without_configs((configs.create([1]), {"a": configs.create({"b": "${c}", "c": 2})})) == (
         [1],
-        {"a": {"b": 2}},
+        {"a": {"b": 2, "c": 2}},
     )
 
 
