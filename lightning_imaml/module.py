@@ -201,7 +201,7 @@ class IMAMLModule(OuterStep):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what no hyper-parameter restores: the data's ways and shots, and which loss the weights belong to."""
         saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
-        self.restore_settings(saved)
+        self._restore_settings(saved)
         for name in self._of_data:
             saved.pop(name, None)
         inner, outer = map(_qualified_name, self._losses().values())

@@ -100,7 +100,7 @@ class PlainHyperparameters(HyperparametersMixin):
 class DescribedHyperparameters(PlainHyperparameters):
     """Saves settings of ours among the hyper-parameters as :func:`described`, for loggers.
 
-    A checkpoint holds the settings themselves, see :meth:`restore_settings`.
+    A checkpoint holds the settings themselves, see :meth:`_restore_settings`.
     """
 
     _settings: dict[str, Any]
@@ -118,7 +118,7 @@ class DescribedHyperparameters(PlainHyperparameters):
         self._settings = {**getattr(self, "_settings", {}), **found}
         self._replace_hparams(dict(self.hparams) | {name: described(value) for name, value in found.items()})
 
-    def restore_settings(self, saved: dict[str, Any]) -> None:
+    def _restore_settings(self, saved: dict[str, Any]) -> None:
         """Put the settings themselves in the place of their descriptions, in a checkpoint's hyper-parameters."""
         for name, value in getattr(self, "_settings", {}).items():
             if saved.get(name) == described(value):  # Else someone has changed it since.
