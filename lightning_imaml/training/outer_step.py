@@ -363,11 +363,13 @@ class OuterStep(OuterState):
                 continue
             if not plateaus:
                 continue
-            value: Any = self.trainer.callback_metrics.get(str(self.lr_scheduler_monitor))
+            # LightningCLI's own class of schedulers knows its monitor.
+            monitor = self.lr_scheduler_monitor or getattr(config.scheduler, "monitor", None)
+            value: Any = self.trainer.callback_metrics.get(str(monitor))
             if value is None:
                 raise ValueError(
                     f"lr_scheduler_monitor must be a logged quantity for ReduceLROnPlateau; found "
-                    f"{self.lr_scheduler_monitor!r}. Logged are {sorted(self.trainer.callback_metrics)}: choose one, "
+                    f"{monitor!r}. Logged are {sorted(self.trainer.callback_metrics)}: choose one, "
                     "and validate as often as the scheduler steps."
                 )
             self.lr_scheduler_step(config.scheduler, value)

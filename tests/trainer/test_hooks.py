@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from small_runs import SGD, episode, loader, module, network, trainer, weights
 from torch import nn
@@ -352,6 +353,42 @@ def test_gradients_that_a_hook_clears_in_a_meta_step_are_missed():
 
     with pytest.raises(RuntimeError, match=r"gradients of an unfinished meta-step must stay .* found them cleared"):
         trainer().fit(module(Clearing, accumulate_meta_batches=2), loader(4))
+
+
+class Small(IMAMLModule):
+    """What a command line of one's own trains."""
+
+    def __init__(self, inner_lr: float = 0.1) -> None:
+        super().__init__(network(), inner_solver=GradientDescent(inner_lr, 1))
+
+    def train_dataloader(self):
+        return loader(2)
+
+    def val_dataloader(self):
+        return loader(1)
+
+
+@pytest.mark.filterwarnings("ignore:.*will be overridden by")
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended")
+@pytest.mark.filterwarnings("ignore:The lr scheduler dict contains the key")
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        (["--lr_scheduler=StepLR", "--lr_scheduler.step_size=1", "--lr_scheduler.gamma=0.5"], 0.25),
+        (
+            ["--lr_scheduler=ReduceLROnPlateau", "--lr_scheduler.monitor=val/loss", "--lr_scheduler.patience=0",
+             "--lr_scheduler.threshold=1e9", "--lr_scheduler.factor=0.1"], 0.002,
+        ),
+    ],
+    ids=["StepLR", "ReduceLROnPlateau"],
+)  # fmt: skip
+def test_a_command_line_of_ones_own_sets_optimizer_and_scheduler(options, rate):
+    quiet = [f"--trainer.{flag}=false" for flag in ("logger", "enable_checkpointing", "enable_progress_bar")]
+    args = ["fit", "--optimizer=SGD", "--optimizer.lr=2.0", "--trainer.max_epochs=3", "--trainer.accelerator=cpu"]
+    args += [*quiet, *options]
+    run = LightningCLI(Small, args=args, save_config_callback=None, seed_everything_default=0).trainer
+    assert type(run.optimizers[0]) is torch.optim.SGD
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
 
 
 def test_signatures_stay_those_of_the_overrides():
