@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -16,7 +17,7 @@ from lightning.pytorch import LightningModule
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 When = Literal["first", "last"]
 _parts: dict[Any, When] = {}
-_completed: set[Any] = set()
+_completed: weakref.WeakSet[Any] = weakref.WeakSet()  # A subclass of a notebook must not be kept.
 _RUNNING = "_hooks_running"  # By name: whether the part has run in this call of an override.
 
 
