@@ -16,6 +16,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.aggregation import BaseAggregator
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from lightning_imaml.components import metric_names as names
 from lightning_imaml.components.checks import require_at_least_one
 
 _instances = count()
@@ -340,15 +341,18 @@ class LoaderMetrics(nn.Module):
         self.stage = stage
         self.loss, self.inner_residual = TaskMean(), TaskMean()
         metrics = episodic(metrics, ignore_index)
-        prefix, postfix = f"{stage}/{metrics.prefix or ''}", metrics.postfix or ""
-        self.before = metrics.clone(prefix=prefix, postfix=f"{postfix}_before")
+        prefix, postfix = names.of_stage(stage, metrics.prefix or ""), metrics.postfix or ""
+        self.before = metrics.clone(prefix=prefix, postfix=postfix + names.BEFORE)
         self.after = metrics.clone(prefix=prefix)
 
     def update(self, loss: Tensor, inner_residual: Tensor) -> dict[str, Metric]:
         """Add tasks by the numbers ``[T]`` that each has, and give the metrics of these by name."""
         self.loss.update(loss)
         self.inner_residual.update(inner_residual)
-        return {f"{self.stage}/loss": self.loss, f"{self.stage}/inner_residual": self.inner_residual}
+        return {
+            names.of_stage(self.stage, names.LOSS): self.loss,
+            names.of_stage(self.stage, names.EVALUATION_INNER_RESIDUAL): self.inner_residual,
+        }
 
     def update_predictions(self, before: Any, after: Any, targets: Any) -> dict[str, Metric]:
         """Add tasks by the predictions of the unadapted and the adapted networks, and give all metrics of these."""
@@ -375,7 +379,7 @@ def with_intervals(**metrics: EpisodicMean) -> MetricCollection:
         both[name] = metric
         interval = metric.clone()
         interval.interval95 = True
-        both[f"{name}_interval95"] = interval
+        both[name + names.INTERVAL] = interval
     return MetricCollection(both)
 
 

@@ -36,6 +36,8 @@ from lightning_imaml.problems.network import FlatModel
 from lightning_imaml.regularizers import Proximal, Regularizer
 from lightning_imaml.runtime.phases import META_STEP, phase
 from lightning_imaml.runtime.precision import default_dtype
+from lightning_imaml.training.hooks import own_part
+from lightning_imaml.training.hyperparameters import without_configs
 from lightning_imaml.training.meta_steps import row_number
 from lightning_imaml.training.outer_step import OuterStep, parameter_groups, refuse_unreached, surrogate
 
@@ -111,6 +113,9 @@ class IMAMLModule(OuterStep):
         eval_inner_solver: InnerSolver | None = None,
         query_loss: Loss | None = None,
     ) -> None:
+        # Those of Hydra have containers of OmegaConf in them.
+        inner_solver, eval_inner_solver = without_configs(inner_solver), without_configs(eval_inner_solver)
+        estimator, regularizer = without_configs(estimator), without_configs(regularizer)
         super().__init__(
             gradient_clip_val, gradient_clip_algorithm, accumulate_meta_batches, lr_scheduler_monitor, on_bad_task
         )
@@ -145,6 +150,7 @@ class IMAMLModule(OuterStep):
         # By stage and dataloader. A dictionary that is no submodule: what a metric holds is no weight of a checkpoint.
         self._metrics: dict[tuple[str, int], LoaderMetrics] = {}
         self._of_data: dict[str, Any] = {}
+        self._attached = False
         if backbone is not None:
             self._attach(backbone)
 
@@ -161,6 +167,7 @@ class IMAMLModule(OuterStep):
             "configure_backbone."
         )
 
+    @own_part("first")
     def setup(self, stage: str) -> None:
         """Take over the data module's ``ways`` and ``shots`` as hyper-parameters, for :meth:`configure_backbone`.
 
@@ -178,6 +185,7 @@ class IMAMLModule(OuterStep):
         self._of_data |= {name: value for name, value in of_data.items() if name not in self.hparams}
         self.hparams.update(self._of_data)
 
+    @own_part("last")
     def configure_model(self) -> None:
         """Build the network if that has not happened yet."""
         # load_from_checkpoint calls this, too, before on_load_checkpoint knows ways and shots.
@@ -186,19 +194,23 @@ class IMAMLModule(OuterStep):
             super().configure_model()
 
     def _build(self) -> None:
-        if not hasattr(self, "backbone"):
-            self._attach(self.configure_backbone())
+        if not self._attached:  # An override of configure_model may have set the network.
+            self._attach(self.backbone if hasattr(self, "backbone") else self.configure_backbone())
 
+    @own_part("last")
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what no hyper-parameter restores: the data's ways and shots, and which loss the weights belong to."""
+        saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        self._restore_settings(saved)
         for name in self._of_data:
-            checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).pop(name, None)
+            saved.pop(name, None)
         inner, outer = map(_qualified_name, self._losses().values())
         losses = {"loss": inner} if outer == inner else {"loss": inner, "query_loss": outer}
         checkpoint["lightning_imaml"] = {**losses, "data": dict(self._of_data)}
         if self._trainer is not None:
             checkpoint["lightning_imaml"]["outer_step"] = self.outer_state()
 
+    @own_part("first")
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the network before its weights arrive; refuse to replace another loss by the default in silence."""
         noted = checkpoint.get("lightning_imaml", {})
@@ -215,7 +227,7 @@ class IMAMLModule(OuterStep):
             self.resumed_state = noted.get("outer_step")
 
     def _attach(self, backbone: nn.Module) -> None:
-        self.backbone = backbone
+        self.backbone, self._attached = backbone, True
         with torch.no_grad():
             flat = FlatModel(backbone, adapt_only=self.adapt_only)
             flat.dtype = torch.promote_types(flat.dtype, torch.float32)  # Of what is learned, from the start.
@@ -325,6 +337,7 @@ class IMAMLModule(OuterStep):
 
     # Training
 
+    @own_part("first")
     def on_train_start(self) -> None:
         """Refuse trainable parameters that no meta-gradient reaches, those of a loss for example."""
         super().on_train_start()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from lightning_imaml import functional
+from lightning_imaml.components import metric_names as names
 from lightning_imaml.components.checks import require
 from lightning_imaml.diagnostics.interface import evaluation_solver, require_interface
 from lightning_imaml.episodes import Episode
@@ -107,7 +108,7 @@ class AdaptationCurve(Callback):
         computed = ((steps, point.compute()) for steps, point in self._points.items())
         points = [(steps, found["mean"].item(), found["interval95"].item()) for steps, found in computed]
         for steps, mean, _ in points:
-            pl_module.log(f"test/{self._quantity}_at_{steps}_steps", mean)
+            pl_module.log(names.at_steps("test", self._quantity, steps), mean)
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # Every rank must read log_dir: it is collective.
         if not trainer.is_global_zero:
             return

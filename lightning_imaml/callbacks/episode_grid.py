@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lightning_imaml.components import metric_names as names
 from lightning_imaml.components.checks import require_at_least_one
 from lightning_imaml.diagnostics.interface import require_interface
 from lightning_imaml.episodes import Episode
@@ -79,7 +80,7 @@ class EpisodeGrid(Callback):
         path = self._folder / f"episodes_{stage}.png"
         figure.savefig(path, dpi=100)
         for logger in trainer.loggers:
-            tag = f"{stage}/episodes"
+            tag = names.of_stage(stage, "episodes")
             if hasattr(logger, "log_image"):
                 logger.log_image(tag, [str(path)], step=trainer.global_step)
                 continue

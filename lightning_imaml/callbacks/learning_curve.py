@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lightning_imaml.components import metric_names as names
 from lightning_imaml.diagnostics.curves import draw, drawn_metrics, write_csv
 from lightning_imaml.training.schedule import EveryNSteps
 
@@ -51,13 +52,13 @@ class LearningCurve(Callback):
     ) -> None:
         """Take new numbers of monitors and, if due, the training metrics."""
         due = self._schedule.due(trainer.global_step - 1)
-        prefixes = ("meta_gradient/", "memory/", *(("train/",) if due else ()))
+        prefixes = (names.META_GRADIENT, names.MEMORY, *((names.TRAINING,) if due else ()))
         self._collect(trainer, prefixes)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the validation metrics and save."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._collect(trainer, ("val/",))
+            self._collect(trainer, (names.VALIDATION,))
             self._save(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,7 +81,7 @@ class LearningCurve(Callback):
         if not trainer.is_global_zero:
             return
         logged = trainer.callback_metrics
-        metrics = {name.removesuffix("/dataloader_idx_0"): value for name, value in logged.items()}
+        metrics = {name.removesuffix(names.of_loader(0)): value for name, value in logged.items()}
         for name in _DRAWN:
             # The Trainer keeps a monitor's last number; a new number is another tensor, even of the same value.
             if name.startswith(prefixes) and name in metrics and metrics[name] is not self._seen.get(name):

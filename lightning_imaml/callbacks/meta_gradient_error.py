@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils import _pytree as pytree
 
+from lightning_imaml.components import metric_names as names
 from lightning_imaml.components.checks import require, require_at_least_one
 from lightning_imaml.diagnostics.interface import require_interface
 from lightning_imaml.diagnostics.nested_peaks import MONITOR
@@ -98,7 +99,7 @@ class MetaGradientErrorMonitor(Callback):
             "reference_linear_residual": error.linear_residual,
             "reference_indefinite": error.indefinite,
         }
-        record(trainer, {f"meta_gradient/{name}": value for name, value in metrics.items()}, reduce_op="mean")
+        record(trainer, {names.META_GRADIENT + name: value for name, value in metrics.items()}, reduce_op="mean")
 
     def measure(self, trainer: Trainer, module: Any, episode: Episode) -> MetaGradientError:
         """Compare the module's meta-gradient of the first tasks with the reference, leaving no trace in the module."""

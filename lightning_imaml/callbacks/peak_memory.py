@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_imaml.components import metric_names as names
 from lightning_imaml.diagnostics.live_tensors import LiveTensorBytes
 from lightning_imaml.diagnostics.nested_peaks import CudaAllocated, NestedPeaks, PeakCounter
 from lightning_imaml.runtime import phases
@@ -76,10 +77,10 @@ class PeakMemoryMonitor(Callback):
         peaks = self._peaks
         peaks.exit(STEP)
         self._stop()
-        metrics = {f"memory/{name}_mib": size / _MIB for name, size in peaks.peaks.items()}
+        metrics = {names.peak_memory(name): size / _MIB for name, size in peaks.peaks.items()}
         resident = peak_resident_bytes()
         if resident is not None:
-            metrics["memory/process_peak_mib"] = resident / _MIB
+            metrics[names.peak_memory("process_peak")] = resident / _MIB
         record(trainer, metrics, reduce_op="max")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

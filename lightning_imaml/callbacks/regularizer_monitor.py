@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_imaml.components import metric_names as names
 from lightning_imaml.diagnostics.interface import require_interface
 from lightning_imaml.inner import StepSizes
 from lightning_imaml.parameters.layout import Layout
@@ -78,12 +79,12 @@ def _values(module: Any) -> list[tuple[str, Tensor, Layout | None]]:
     found: list[tuple[str, Tensor, Layout | None]] = []
     regularizer = module.regularizer.for_layout(flat.layout)
     if isinstance(regularizer, MatrixProximal):
-        found.append(("regularizer/strength", regularizer.diagonal(row, module.strengths), flat.layout))
+        found.append((names.STRENGTH, regularizer.diagonal(row, module.strengths), flat.layout))
     else:
-        found += [(f"regularizer/{name}", value, None) for name, value in module.strengths.items()]
+        found += [(names.REGULARIZER + name, value, None) for name, value in module.strengths.items()]
     if isinstance(module.inner_solver, StepSizes) and module.inner_solver.learned:
         sizes = torch.ones_like(row[0]) * module.inner_solver.step_sizes(flat, module.rates, row)
-        found.append(("inner_solver/lr", sizes, flat.layout))
+        found.append((names.STEP_SIZE, sizes, flat.layout))
     return found
 
 

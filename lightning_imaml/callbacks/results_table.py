@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from lightning_imaml.components import metric_names as names
 from lightning_imaml.components.checks import require_at_least_one
 from lightning_imaml.diagnostics.baseline import reinitialised
 from lightning_imaml.diagnostics.interface import require_interface
@@ -163,15 +164,15 @@ class ResultsTable(Callback):
         if len(self._loaders) == 1:
             return [self._table(trainer, stage, "", self._loaders[0], f"{_TITLES[stage]} results")]
         return [
-            self._table(trainer, stage, f"/dataloader_idx_{k}", loader, f"{_TITLES[stage]} results, dataloader {k}")
+            self._table(trainer, stage, names.of_loader(k), loader, f"{_TITLES[stage]} results, dataloader {k}")
             for k, loader in enumerate(self._loaders)
         ]
 
     def _table(self, trainer: Trainer, stage: str, place: str, loader: _LoaderResults, title: str) -> Table:
         metrics = {
-            name.removeprefix(f"{stage}/").removesuffix(place): float(value)
+            name.removeprefix(names.of_stage(stage, "")).removesuffix(place): float(value)
             for name, value in trainer.callback_metrics.items()
-            if name.startswith(f"{stage}/") and name.endswith(place)
+            if name.startswith(names.of_stage(stage, "")) and name.endswith(place)
         }
         counted = torch.tensor(
             [float(loader.tasks), float(loader.baseline_tasks), float(loader.diverged)],
@@ -180,20 +181,23 @@ class ResultsTable(Callback):
         tasks, of_baseline, diverged = torch.as_tensor(trainer.strategy.reduce(counted, reduce_op="sum")).tolist()
         caption, note = [f"{loader.protocol}, {tasks:.0f} tasks"], self._note
         table = Table(title=title, caption_justify="left")
-        if "accuracy" not in metrics:
+        if names.EVALUATION_ACCURACY not in metrics:
             table.add_column("network")
             table.add_column("loss", justify="right")
-            table.add_row("after adaptation", f"{metrics['loss']:.4g}" if "loss" in metrics else "–")
+            table.add_row("after adaptation", f"{metrics[names.LOSS]:.4g}" if names.LOSS in metrics else "–")
         else:
             table.add_column("network")
             table.add_column("accuracy (%)", justify="right")
-            others = [name for name in metrics if f"{name}_interval95" in metrics and name != "accuracy"]
+            others = [
+                name for name in metrics if name + names.INTERVAL in metrics and name != names.EVALUATION_ACCURACY
+            ]
             for name in others:
                 table.add_column(name.replace("_", " "), justify="right")
-            for when, suffix in (("after", ""), ("before", "_before")):
-                if f"accuracy{suffix}" not in metrics:
+            for when, suffix in (("after", ""), ("before", names.BEFORE)):
+                name = names.EVALUATION_ACCURACY
+                if name + suffix not in metrics:
                     continue
-                accuracy = _percent(metrics[f"accuracy{suffix}"], metrics.get(f"accuracy_interval95{suffix}"))
+                accuracy = _percent(metrics[name + suffix], metrics.get(name + names.INTERVAL + suffix))
                 values = (_with_interval(metrics, name, suffix) for name in others)
                 table.add_row(f"{when} adaptation", accuracy, *values)
             if diverged:
@@ -218,7 +222,7 @@ _TITLES = {"val": "Validation", "test": "Test"}
 
 
 def _with_interval(metrics: dict[str, float], name: str, suffix: str) -> str:
-    value, interval = metrics.get(name + suffix), metrics.get(f"{name}_interval95{suffix}")
+    value, interval = metrics.get(name + suffix), metrics.get(name + names.INTERVAL + suffix)
     # A module may log its own metrics only after adaptation.
     return "–" if value is None or interval is None else f"{value:.4g} ± {interval:.2g}"
 

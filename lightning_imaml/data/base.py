@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_imaml.data.sampling import SPLITS, Range, TaskSource, random_of
 from lightning_imaml.data.sampling.batching import EndlessSampler, EpisodeDataset, EvaluationBatches, TrainingBatches
 from lightning_imaml.episodes import Episode
+from lightning_imaml.training.hyperparameters import PlainHyperparameters, without_configs
 
 # The module is named apart so that the command line takes one by its class path, such as torchvision's transforms.
 Transform = nn.Module | Callable[[Tensor], Tensor]
@@ -36,7 +37,7 @@ class EpisodeLoader(DataLoader[Episode]):
         """Nothing: see the class."""
 
 
-class TaskDataModule(LightningDataModule):
+class TaskDataModule(PlainHyperparameters, LightningDataModule):
     """The base of all data modules here: loaders of endless training tasks and of fixed evaluation tasks.
 
     A subclass says in :meth:`tasks` where the tasks of a split come from.
@@ -197,6 +198,7 @@ def require_whole(name: str, value: object, minimum: int) -> None:
 
 def require_range(name: str, value: object, minimum: int) -> None:
     """Raise a ValueError unless an argument is a whole number of at least ``minimum``, or a range of such."""
+    value = without_configs(value)
     if isinstance(value, tuple | list):
         if len(value) != 2 or not all(isinstance(v, int) for v in value) or not minimum <= value[0] <= value[1]:
             raise ValueError(

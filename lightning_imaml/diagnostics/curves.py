@@ -11,6 +11,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lightning_imaml.components import metric_names as names
+from lightning_imaml.runtime.phases import INNER_LOOP, LINEAR_SOLVE, META_STEP
+
 Points = Mapping[str, Sequence[tuple[int, float]]]
 """Metric name to its (step, value) pairs in order."""
 
@@ -38,34 +41,38 @@ class Panel:
     from_zero: bool = False
 
 
+def _of_validation(name: str) -> str:
+    return names.VALIDATION + name
+
+
 PANELS = (
-    Panel("Loss on the query sets", "loss", {"train/outer_loss": "training", "val/loss": "validation"}),
+    Panel("Loss on the query sets", "loss", {names.OUTER_LOSS: "training", _of_validation(names.LOSS): "validation"}),
     Panel(
         "Accuracy on the query sets",
         "accuracy",
         {
-            "train/accuracy_before": "training, before adaptation",
-            "train/accuracy": "training, after",
-            "val/accuracy_before": "validation, before adaptation",
-            "val/accuracy": "validation, after (95 %)",
+            names.ACCURACY_BEFORE: "training, before adaptation",
+            names.ACCURACY: "training, after",
+            _of_validation(names.EVALUATION_ACCURACY + names.BEFORE): "validation, before adaptation",
+            _of_validation(names.EVALUATION_ACCURACY): "validation, after (95 %)",
         },
-        {"val/accuracy": "val/accuracy_interval95"},
+        {_of_validation(names.EVALUATION_ACCURACY): _of_validation(names.EVALUATION_ACCURACY + names.INTERVAL)},
     ),
     Panel(
         "Meta-gradient against the exact one",
         "relative error",
-        {"meta_gradient/relative_error": "‖g − g*‖ / ‖g*‖ (hollow: g* not converged)"},
-        trusted={"meta_gradient/relative_error": "meta_gradient/reference_converged"},
+        {names.RELATIVE_ERROR: "‖g − g*‖ / ‖g*‖ (hollow: g* not converged)"},
+        trusted={names.RELATIVE_ERROR: names.REFERENCE_CONVERGED},
         logarithmic=True,
     ),
     Panel(
         "Peak memory",
         "MiB",
         {
-            "memory/step_mib": "whole step",
-            "memory/meta_step_mib": "meta-step",
-            "memory/inner_loop_mib": "inner loop",
-            "memory/linear_solve_mib": "linear solve",
+            names.peak_memory("step"): "whole step",
+            names.peak_memory(META_STEP): "meta-step",
+            names.peak_memory(INNER_LOOP): "inner loop",
+            names.peak_memory(LINEAR_SOLVE): "linear solve",
         },
         from_zero=True,
     ),

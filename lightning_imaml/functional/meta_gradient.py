@@ -32,7 +32,8 @@ class MetaGradient(NamedTuple):
     Attributes:
         loss: the query losses Q_i(φ_i), ``[T]``.
         grads: dF/dη averaged over tasks, for the names of ``model.named_parameters()`` that are trainable,
-            ``regularizer.<name>`` for learned strengths and ``inner_solver.<name>`` for learned step sizes.
+            ``regularizer.<name>`` for learned strengths and ``inner_solver.<name>`` for learned step sizes. These are
+            of the tasks of this process: with several, average them before they are written to ``.grad``.
         adapted: the adapted networks.
         linear: the solution of the linear system; None for estimators without one.
         query_outputs: the adapted networks' outputs on the query sets, ``[T, n, ...]``.

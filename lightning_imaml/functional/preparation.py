@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from lightning_imaml.components.checks import require
 from lightning_imaml.episodes import Episode, clone_inference_tensors
 from lightning_imaml.functional.settings import Settings
 from lightning_imaml.parameters.layout import Layout
+from lightning_imaml.problems.checks import is_cross_entropy, require_probabilities, require_task_dimension
 from lightning_imaml.problems.chunks import default_chunk_size
 from lightning_imaml.problems.network import FlatModel
 from lightning_imaml.problems.supervised import LossFunction, SupervisedProblem, TaskLoss
@@ -50,6 +50,7 @@ class Solve:
         self.network = flat = _network(model, settings)
         episode.validate()
         _require_fitting(flat, episode)
+        require_task_dimension(flat, episode.support_inputs)
         self.support_classes = classes_of("support_targets", episode.support_targets, settings.loss)
         if episode.query_targets is episode.support_targets and settings.query_loss is settings.loss:
             # Adaptation alone has no query set; checking it again would make the host wait for the device twice.
@@ -145,9 +146,10 @@ def _in_dtype_of(flat: FlatModel, learned: Mapping[str, Tensor]) -> dict[str, Te
 
 def classes_of(name: str, targets: Any, loss: LossFunction) -> int | None:
     """The number of outputs that class-index targets need; None where the loss does not take class indices."""
-    if loss is not F.cross_entropy and not isinstance(loss, nn.CrossEntropyLoss):
+    if not is_cross_entropy(loss) or not isinstance(targets, Tensor):
         return None
-    if not isinstance(targets, Tensor) or targets.is_floating_point():
+    if targets.is_floating_point():
+        require_probabilities(name, targets)
         return None
     ignored = loss.ignore_index if isinstance(loss, nn.CrossEntropyLoss) else -100
     kept = targets.where(targets != ignored, 0)

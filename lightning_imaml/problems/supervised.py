@@ -22,6 +22,7 @@ from lightning_imaml import _compile
 from lightning_imaml.linear.operator import LinearOperator
 from lightning_imaml.parameters.rows import Rows
 from lightning_imaml.problems.base import Linearization, Minimization, SupportsLinearize
+from lightning_imaml.problems.checks import checked, require_fitting_outputs
 from lightning_imaml.problems.network import FlatModel
 from lightning_imaml.problems.vmap import vmap_tasks
 from lightning_imaml.regularizers import MatrixProximal, Regularizer
@@ -95,6 +96,7 @@ class TaskLoss:
 
     def check(self, outputs: Any) -> Any:
         """The outputs themselves, if they have one entry for each class that the targets name."""
+        require_fitting_outputs(self.loss, outputs, self.targets)
         if self.classes is not None and isinstance(outputs, Tensor) and outputs.ndim > 2:
             found = outputs.shape[2]
             if found < self.classes:
@@ -106,7 +108,8 @@ class TaskLoss:
 
     def from_outputs(self, outputs: Any) -> Tensor:
         """The losses ``[T]`` of given outputs."""
-        losses: Tensor = vmap_tasks(self.loss, getattr(self.loss, "__func__", self.loss), outputs, self.targets)
+        owner = getattr(self.loss, "__func__", self.loss)
+        losses: Tensor = vmap_tasks(checked(self.loss, owner), owner, outputs, self.targets)
         if losses.ndim != 1:
             raise ValueError(
                 f"loss must give one number for each task; found a tensor of shape {list(losses.shape[1:])}. "

@@ -158,17 +158,7 @@ class MetaSteps(Callback):
         trainer.val_check_batch = 1 if due else sys.maxsize
 
 
-def counting_callback(module: LightningModule) -> MetaSteps:
-    """The :class:`MetaSteps` that a module brought along.
-
-    Raises:
-        RuntimeError: it is not among the Trainer's callbacks.
-    """
-    callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
-    found = next((callback for callback in callbacks if isinstance(callback, MetaSteps)), None)
-    if found is None:
-        raise RuntimeError(
-            f"{type(module).__name__}.configure_callbacks must return what super().configure_callbacks() does, too; "
-            "found that it leaves out the callback that lets the Trainer count meta-steps. Add it to the list."
-        )
-    return found
+def gathering_group(trainer: Trainer) -> Any:
+    """The group of all processes that :class:`MetaSteps` opened; None without it, as in a search of the Tuner."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback.group for callback in callbacks if isinstance(callback, MetaSteps)), None)

@@ -18,10 +18,14 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import Optimizer
 
+from lightning_imaml.components import metric_names as names
 from lightning_imaml.components.checks import require_at_least_one, require_choice
 from lightning_imaml.functional import MetaGradient
-from lightning_imaml.metrics import accuracy_of_tasks, ignore_index_of, is_classification
-from lightning_imaml.training.meta_steps import MetaSteps, begin_next_epoch, counting_callback
+from lightning_imaml.metrics import ignore_index_of
+from lightning_imaml.training.automatic import refuse_automatic, require_known_schedulers
+from lightning_imaml.training.hooks import own_part
+from lightning_imaml.training.logging import learning_rates, training_values
+from lightning_imaml.training.meta_steps import MetaSteps, begin_next_epoch
 from lightning_imaml.training.ranks import numbers_of_all_ranks, sum_over_ranks
 from lightning_imaml.training.resume import OuterState
 
@@ -70,28 +74,8 @@ def surrogate(result: MetaGradient, parameters: Mapping[str, Tensor]) -> Tensor:
     return result.loss.sum() / max(1, len(result.tasks)) + inner - inner.detach()
 
 
-def training_values(
-    result: MetaGradient, targets: Any, before: Any, ignore_index: int | None = None
-) -> dict[str, Tensor]:
-    """What is logged of a meta-step: means over its tasks, by name.
-
-    Args:
-        result: the meta-gradient of the tasks that were good.
-        targets: the query targets of all tasks of the batch.
-        before: the unadapted network's outputs for them; None where they were not computed.
-        ignore_index: the class index that the accuracies leave out besides the negative ones.
-    """
-    values = {"train/outer_loss": result.loss.mean(), "train/inner_residual": result.adapted.residual.mean()}
-    if isinstance(targets, Tensor) and is_classification(result.query_outputs, targets[result.tasks]):
-        targets = targets[result.tasks]
-        values["train/accuracy"] = accuracy_of_tasks(result.query_outputs, targets, ignore_index).mean()
-        if before is not None:
-            values["train/accuracy_before"] = accuracy_of_tasks(before[result.tasks], targets, ignore_index).mean()
-    if result.linear is not None:
-        values["train/linear_residual"] = result.linear.residual.mean()
-        values["train/linear_steps"] = result.linear.steps.float().mean()
-        values["train/indefinite"] = result.linear.indefinite.float().mean()
-    return values
+def _nothing() -> None:
+    """The closure of a step whose gradients are there."""
 
 
 class OuterStep(OuterState):
@@ -108,8 +92,9 @@ class OuterStep(OuterState):
     """
 
     _empty_steps = 0
-    _clipped = False
     _warned_indefinite = False
+    _trains = False  # Whether a gradient of this fit has been seen.
+    _first_step = 0
     _values: list[tuple[int, dict[str, Tensor]]]
 
     def __init__(
@@ -175,17 +160,24 @@ class OuterStep(OuterState):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
                 self._step_schedulers("epoch", self.current_epoch, plateaus=False)
-        if self._counts_meta_steps():
-            counting_callback(self)
+        require_known_schedulers(self)
         # What an earlier fit left in the middle of a meta-step is no part of this one.
         self.tasks_of_step, self._values = 0, []
+        self._trains, self._first_step = False, self.trainer.global_step
         self.zero_grad()
         self.agree_on_the_seed()
 
+    @own_part("last")
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
-        """Let the Trainer count meta-steps in training, where a batch need not be one."""
-        fitting = self.trainer.state.fn == TrainerFn.FITTING
-        return [MetaSteps(self.accumulate_meta_batches)] if fitting and self._counts_meta_steps() else []
+        """Let the Trainer count meta-steps in training, where a batch need not be one.
+
+        Raises:
+            MisconfigurationException: the Trainer is to clip or to accumulate, which the module does itself.
+        """
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return []
+        refuse_automatic(self.trainer)
+        return [MetaSteps(self.accumulate_meta_batches)] if self._counts_meta_steps() else []
 
     def _counts_meta_steps(self) -> bool:
         return self.accumulate_meta_batches > 1 or self.on_bad_task == "skip"
@@ -232,8 +224,8 @@ class OuterStep(OuterState):
             return {}, 0
         batches, self._values = self._values, []
         total = sum(tasks for tasks, _ in batches)
-        names = batches[0][1] if batches else {}
-        sums = {name: torch.stack([tasks * values[name] for tasks, values in batches]).sum(dim=0) for name in names}
+        first = batches[0][1] if batches else {}
+        sums = {name: torch.stack([tasks * values[name] for tasks, values in batches]).sum(dim=0) for name in first}
         return {name: value / total for name, value in sums.items()}, total
 
     def log_meta_step(
@@ -254,19 +246,19 @@ class OuterStep(OuterState):
         values = training_values(result, targets, before, ignore_index_of(self))
         values = self.mean_over_ranks(values, len(result.tasks), counts)
         means, tasks = self.means_of_meta_step(values, sum(counts), due)
-        bar = ("train/outer_loss", "train/accuracy")
+        bar = (names.OUTER_LOSS, names.ACCURACY)
         for name, value in means.items():
             self.log(name, value, prog_bar=name in bar, batch_size=tasks)
         if not sum(counts):
             return None
-        indefinite = values.get("train/indefinite")
+        indefinite = values.get(names.INDEFINITE)
         if indefinite is not None and before is not None and not self._warned_indefinite and indefinite > 0.5:
             self._warned_indefinite = True
             rank_zero_warn(
                 f"the linear system is indefinite for {indefinite:.0%} of this batch's tasks, so the meta-gradient "
                 "is far from exact. Use Implicit(..., curvature=GaussNewton()), a stronger regulariser or damping."
             )
-        return values["train/outer_loss"]
+        return values[names.OUTER_LOSS]
 
     def accumulate(self, surrogate: Tensor, tasks: int, counts: list[int], due: bool) -> None:
         """Add a meta-gradient to ``.grad`` by a backward pass, and step if due.
@@ -280,6 +272,11 @@ class OuterStep(OuterState):
         # The mean over all tasks of all batches and ranks, however many were left out where: sums are accumulated, and
         # divided once. DDP averages over ranks.
         total, share = (self.tasks_of_step or 0) + sum(counts), float(tasks * len(counts))
+        if self.tasks_of_step and all(p.grad is None for p in self.parameters()):
+            raise RuntimeError(
+                "the gradients of an unfinished meta-step must stay until it ends; found them cleared. Leave out "
+                "zero_grad in hooks and callbacks, or use accumulate_meta_batches=1."
+            )
         self.tasks_of_step = None  # Not known while gradients change: an error may end this in the middle.
         if due:
             share /= max(1, total)
@@ -289,7 +286,7 @@ class OuterStep(OuterState):
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
         with nullcontext() if due or block is None else block():
             self.manual_backward(surrogate * share)
-        self.tasks_of_step = total
+        self.tasks_of_step, self._trains = total, True
         if due:
             self._step()
 
@@ -303,7 +300,7 @@ class OuterStep(OuterState):
         tasks, self.tasks_of_step = self.tasks_of_step, 0
         if not tasks:
             # A step along zero would still move the weights, by momentum and weight decay.
-            optimizer.zero_grad()
+            self._zero_grad(optimizer)
             self._empty_steps += 1
             if self._empty_steps == _MOST_EMPTY_STEPS:
                 raise FloatingPointError(
@@ -312,27 +309,47 @@ class OuterStep(OuterState):
                 )
             return
         self._empty_steps = 0
-        self._clipped = False
-        optimizer.step()
-        if self.gradient_clip_val is not None and not self._clipped:
-            raise RuntimeError(
-                f"{type(self).__name__}.on_before_optimizer_step must call super().on_before_optimizer_step(optimizer),"
-                " which clips the meta-gradient; found that it does not. Call it, or leave gradient_clip_val out."
-            )
-        optimizer.zero_grad()
-        self._step_schedulers("step", self.trainer.global_step)
+        before = self.trainer.global_step
+        # By the hooks of automatic optimization, so that an override of them does what Lightning's documentation says.
+        self.optimizer_step(self.current_epoch, self.trainer.fit_loop.batch_idx, optimizer, _nothing)
+        self._zero_grad(optimizer)
+        if self.trainer.global_step > before:  # An override of optimizer_step may leave a step out.
+            self._step_schedulers("step", self.trainer.global_step)
 
+    def _zero_grad(self, optimizer: Any) -> None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            callback.on_before_zero_grad(self.trainer, self, optimizer)
+        self.on_before_zero_grad(optimizer)
+        self.optimizer_zero_grad(self.current_epoch, self.trainer.fit_loop.batch_idx, optimizer)
+
+    @own_part("last")
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the meta-gradient's norm as ``train/grad_norm`` and clip it, here where a GradScaler has unscaled it."""
+        """Log the meta-gradient's norm and the learning rates, and clip, here where a GradScaler has unscaled it."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
-        if self.gradient_clip_val is not None:
-            self.configure_gradient_clipping(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
-        self._clipped = True
+        self.log(names.GRADIENT_NORM, torch.nn.utils.get_total_norm(gradients))
+        for name, lr in learning_rates(optimizer).items():
+            self.log(name, lr)
+        self.configure_gradient_clipping(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
 
-    def on_validation_model_zero_grad(self) -> None:
-        """Keep what is accumulated: the Trainer, whose own accumulation is off, would clear it."""
+    @own_part("last")
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """See to it that an overridden ``training_step`` trains.
 
+        Raises:
+            RuntimeError: it returns a loss and leaves no gradient, as in automatic optimization.
+        """
+        if not outputs or self._trains:
+            return
+        stepped = self.trainer.global_step > self._first_step
+        self._trains = stepped or any(p.grad is not None for p in self.parameters())
+        if not self._trains:
+            raise RuntimeError(
+                f"{type(self).__name__}.training_step must train, since nothing else does in manual optimization; "
+                "found that it returns a loss and leaves no gradient. Return super().training_step(batch, batch_idx), "
+                "or call self.manual_backward(loss) and self.optimizers().step() in it."
+            )
+
+    @own_part("last")
     def on_train_epoch_end(self) -> None:
         """Step the schedulers that go by epochs, which manual optimization leaves to the module."""
         self._step_schedulers("epoch", self.current_epoch + 1)
@@ -342,15 +359,17 @@ class OuterStep(OuterState):
             if config.interval != interval or count % config.frequency:
                 continue
             if not isinstance(config.scheduler, ReduceLROnPlateau):
-                config.scheduler.step()
+                self.lr_scheduler_step(config.scheduler, None)
                 continue
             if not plateaus:
                 continue
-            value: Any = self.trainer.callback_metrics.get(str(self.lr_scheduler_monitor))
+            # LightningCLI's own class of schedulers knows its monitor.
+            monitor = self.lr_scheduler_monitor or getattr(config.scheduler, "monitor", None)
+            value: Any = self.trainer.callback_metrics.get(str(monitor))
             if value is None:
                 raise ValueError(
                     f"lr_scheduler_monitor must be a logged quantity for ReduceLROnPlateau; found "
-                    f"{self.lr_scheduler_monitor!r}. Logged are {sorted(self.trainer.callback_metrics)}: choose one, "
+                    f"{monitor!r}. Logged are {sorted(self.trainer.callback_metrics)}: choose one, "
                     "and validate as often as the scheduler steps."
                 )
-            config.scheduler.step(value)
+            self.lr_scheduler_step(config.scheduler, value)

@@ -7,16 +7,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_imaml.runtime.random_states import random_states, seed_random_states, set_random_states
-from lightning_imaml.training.meta_steps import counting_callback
+from lightning_imaml.training.hooks import OwnParts
+from lightning_imaml.training.hyperparameters import DescribedHyperparameters
+from lightning_imaml.training.meta_steps import gathering_group
 from lightning_imaml.training.ranks import gather
 
 
-class OuterState(LightningModule):
+class OuterState(DescribedHyperparameters, OwnParts):
     """The outer step's state besides Lightning's own: the run's seed, and the gradients of an unfinished meta-step.
 
     Attributes:
@@ -28,8 +29,7 @@ class OuterState(LightningModule):
     accumulate_meta_batches: int
     tasks_of_step: int | None = 0
     resumed_state: dict[str, Any] | None = None
-    _seed = 0
-    _started = False
+    _seed: int | None = None
 
     def outer_state(self) -> dict[str, Any]:
         """What a checkpoint must hold, besides Lightning's own, to go on bit for bit: plain tensors and numbers.
@@ -42,7 +42,7 @@ class OuterState(LightningModule):
             return state
         gradients = {name: p.grad.cpu() for name, p in self.named_parameters() if p.grad is not None}
         mine = {"tasks": self.tasks_of_step, "batch": self._batches_done(), "gradients": gradients}
-        shares = None if self.tasks_of_step is None else gather(self.trainer, counting_callback(self).group, mine)
+        shares = None if self.tasks_of_step is None else gather(self.trainer, gathering_group(self.trainer), mine)
         if shares is None or len({(share["tasks"], share["batch"]) for share in shares}) > 1:
             rank_zero_warn(
                 "all ranks must be between the same batches to save the gradients of an unfinished meta-step; found "
@@ -54,11 +54,6 @@ class OuterState(LightningModule):
 
     def resume_outer_state(self) -> None:
         """Once, at the first training step after a resume: later than what the Trainer itself clears."""
-        if not self._started:
-            raise RuntimeError(
-                f"{type(self).__name__}.on_train_start must call super().on_train_start(), which begins to count "
-                "tasks; found that it does not. Call it."
-            )
         state, self.resumed_state = self.resumed_state, None
         if state is None or "shares" not in state or state["ranks"] != self.trainer.world_size:
             return
@@ -79,7 +74,7 @@ class OuterState(LightningModule):
         rank zero's global stream.
         """
         outside = random_states(self.device)
-        seed_random_states(self.device, self._seed, self.global_rank, self._batches_done())
+        seed_random_states(self.device, self._seed or 0, self.global_rank, self._batches_done())
         try:
             yield
         finally:
@@ -87,7 +82,6 @@ class OuterState(LightningModule):
 
     def agree_on_the_seed(self) -> None:
         """At the start of a fit: draw the seed of the run, the same on all ranks, or take the checkpoint's."""
-        self._started = True
         drawn, processes = int(torch.randint(2**62, ())), self.trainer.world_size
         if self.resumed_state is not None and "seed" not in self.resumed_state:
             rank_zero_warn(
@@ -96,7 +90,7 @@ class OuterState(LightningModule):
                 "dropped."
             )
             self.resumed_state = None
-        if self.resumed_state is None:
+        if self.resumed_state is None or self.resumed_state["seed"] is None:  # Saved before a fit began.
             self._seed = drawn if processes == 1 else self.trainer.strategy.broadcast(drawn)
             return
         self._seed = self.resumed_state["seed"]

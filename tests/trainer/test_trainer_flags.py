@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import class_episode
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelSummary
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelSummary
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -162,8 +162,17 @@ def test_enable_autolog_hparams(tmp_path, wanted):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}], ids=lambda settings: next(iter(settings))
+    ("settings", "remedy"),
+    [
+        ({"gradient_clip_val": 1.0}, r"Pass gradient_clip_val=1.0 to the IMAMLModule"),
+        ({"accumulate_grad_batches": 2}, r"Pass accumulate_meta_batches=2 to the IMAMLModule"),
+        (
+            {"callbacks": [GradientAccumulationScheduler({1: 2})]},
+            r"pass accumulate_meta_batches=\.\.\. to the IMAMLModule",
+        ),
+    ],
+    ids=["gradient_clip_val", "accumulate_grad_batches", "GradientAccumulationScheduler"],
 )
-def test_flags_that_the_trainer_refuses_in_manual_optimization(settings):
-    with pytest.raises(MisconfigurationException, match="manual optimization"):
+def test_flags_that_the_trainer_refuses_in_manual_optimization(settings, remedy):
+    with pytest.raises(MisconfigurationException, match=f"manual optimization; found .* {remedy}"):
         trainer(**settings).fit(Counted(), loader(1))

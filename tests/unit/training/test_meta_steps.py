@@ -159,14 +159,15 @@ def test_a_second_fit_does_not_count_the_meta_steps_of_the_first():
     assert model.at == [3, 4, 5, 6]  # The Trainer goes on counting after two meta-steps.
 
 
-def test_an_override_that_would_lose_the_count_of_meta_steps_is_refused():
-    class OwnCallbacks(IMAMLModule):
+def test_an_override_of_configure_callbacks_does_not_lose_the_count_of_meta_steps():
+    class OwnCallbacks(CountValidations):
         def configure_callbacks(self):
-            return [EarlyStopping("train/outer_loss")]
+            return EarlyStopping("train/outer_loss")
 
-    with pytest.raises(RuntimeError, match=r"configure_callbacks must return what super\(\)"):
-        trainer().fit(module(OwnCallbacks, accumulate_meta_batches=2), loader(2))
-    trainer().fit(module(OwnCallbacks), loader(1))
+    model, run = module(OwnCallbacks, accumulate_meta_batches=2), trainer(val_check_interval=1)
+    run.fit(model, loader(4), loader(1))
+    assert model.at == [1, 2]
+    assert any(isinstance(callback, EarlyStopping) for callback in run.callbacks)
 
 
 def rows(logger: CSVLogger, name: str) -> dict[int, float]:
