@@ -1,14 +1,17 @@
 """What test_several_devices.py runs on one process and on two; rank r leaves its results in ``<folder>/of<W>-<r>.pt``.
 
-python two_processes.py FOLDER PROCESSES
+python two_processes.py FOLDER
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
+import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,44 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "accumulated and clipped": {"accumulate_meta_batches": 2, "gradient_clip_val": 0.05},
 }
+
+
+def torchrun(rank: int, processes: int, port: str, **others: str) -> dict[str, str]:
+    """The environment that torchrun gives to a process of one node."""
+    return {
+        "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes),
+        "RANK": str(rank), "GROUP_RANK": "0", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes), **others,
+    }  # fmt: skip
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def forked(processes: int, run: Callable[[], None]) -> list[int]:
+    """Run something on each rank, as torchrun would, and return the exit codes (negative: the signal).
+
+    The ranks are forks of this process, for a process that imports PyTorch anew takes longer than most of the runs.
+    """
+    children, port = [], free_port()
+    for number in range(processes):
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                if processes > 1:
+                    os.environ |= torchrun(number, processes, port)
+                run()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def rank() -> int:
@@ -276,4 +317,6 @@ def main(folder: Path, processes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    for count in (1, 2):
+        codes = forked(count, lambda count=count: main(Path(sys.argv[1]), count))  # type: ignore[misc]
+        assert codes == [0] * count, codes

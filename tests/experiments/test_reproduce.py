@@ -83,11 +83,17 @@ def accuracy_of_test(plan, *options: str) -> float:
     return 100 * float(metrics["test/accuracy"])
 
 
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A run and its row, which two tests read."""
+    plan = run(tmp_path_factory.mktemp("published"))
+    return plan, reproduce.reproduce(plan)
+
+
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # Each run has a folder of its own.
 @pytest.mark.filterwarnings("ignore:(?s)Be aware that when using `ckpt_path`, callbacks used to create")
-def test_the_published_weights_give_the_published_number(tmp_path):
-    plan = run(tmp_path)
-    row = reproduce.reproduce(plan)
+def test_the_published_weights_give_the_published_number(published):
+    plan, row = published
     output = plan.output
     assert ",".join(row) == COLUMNS
     assert (row["table"], row["dataset"], row["method"], row["ways"], row["shots"]) == (2, "letters", "imaml_gd", 5, 1)
@@ -97,9 +103,9 @@ def test_the_published_weights_give_the_published_number(tmp_path):
     assert "trained with shots 1, queries 5, tasks a step 2, on " in row["protocol"]
     assert rows(output / "results.csv") == [{name: str(value) for name, value in row.items()}]
 
-    published = torch.load(plan.weights, weights_only=True)
-    assert not {"optimizer_states", "callbacks", "loops", "datamodule_hyper_parameters"} & set(published)
-    assert str(tmp_path).encode() not in plan.weights.read_bytes(), "nothing of the machine"
+    weights = torch.load(plan.weights, weights_only=True)
+    assert not {"optimizer_states", "callbacks", "loops", "datamodule_hyper_parameters"} & set(weights)
+    assert str(output.parent).encode() not in plan.weights.read_bytes(), "nothing of the machine"
     (best,) = (plan.logs / plan.name / "fit" / "checkpoints").glob("best*.ckpt")
     assert accuracy_of_test(plan, "--ckpt_path", str(best)) == pytest.approx(row["accuracy"], abs=1e-3)
     assert accuracy_of_test(plan) != pytest.approx(row["accuracy"], abs=1e-3), "the weights matter"
@@ -116,9 +122,8 @@ def test_the_published_weights_give_the_published_number(tmp_path):
 
 
 @pytest.mark.slow  # A process that never trained, as whoever downloads the weights has it, imports all of PyTorch.
-def test_another_process_gets_the_published_number(tmp_path):
-    plan = run(tmp_path)
-    row = reproduce.reproduce(plan)
+def test_another_process_gets_the_published_number(published, tmp_path):
+    plan, row = published
     given = [text for path in plan.configs for text in ("--config", str(path))]
     command = ["test", *given, "--data.test_tasks", "20", "--ckpt_path", str(plan.weights)]
     done = subprocess.run(

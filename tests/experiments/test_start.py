@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import reproduce
@@ -17,10 +19,18 @@ def of(checkpoint):
     return torch.load(checkpoint, weights_only=True)["state_dict"]
 
 
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """The weights that the others begin with."""
+    trained = run(tmp_path_factory.mktemp("first"), epochs=1)
+    reproduce.reproduce(trained)
+    return trained.weights
+
+
 def begun_with(first, folder, model=(), data=(), **changes):
     """A run that begins with the weights of another and, at the outer rate zero, ends with them."""
     still = {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}, **dict(model)}
-    second = run(folder, epochs=1, start=first.weights)
+    second = run(folder, epochs=1, start=first)
     difference = {"model": {"init_args": still}, "data": {"init_args": dict(data)}}
     (folder / "still.yaml").write_text(yaml.safe_dump(difference))
     return replace(second, configs=[*second.configs, folder / "still.yaml"], seed=1, **changes)
@@ -28,28 +38,25 @@ def begun_with(first, folder, model=(), data=(), **changes):
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.filterwarnings("ignore:(?s)Be aware that when using `ckpt_path`, callbacks used to create")
-def test_it_begins_with_the_weights_of_another(tmp_path):
-    first = run(tmp_path / "first", epochs=1)
-    reproduce.reproduce(first)
-    second = begun_with(first, tmp_path / "second")
+def test_it_begins_with_the_weights_of_another(first, tmp_path):
+    passing = Path(shutil.copy(first, tmp_path))
+    second = begun_with(passing, tmp_path / "second")
     row = reproduce.reproduce(second)
-    assert f", beginning with {first.weights.name}; " in row["protocol"]
-    for name, value in of(first.weights).items():
+    assert f", beginning with {first.name}; " in row["protocol"]
+    for name, value in of(first).items():
         torch.testing.assert_close(of(second.weights)[name], value, rtol=0, atol=0, msg=name)
 
     (tmp_path / "second" / "epochs.yaml").write_text(yaml.safe_dump({"trainer": {"max_epochs": 2}}))
-    first.weights.unlink()
+    passing.unlink()
     assert reproduce.train(second).trainer.global_step == 2, "what goes on has its own weights"
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_head_for_other_ways_begins_with_the_mean_class(tmp_path):
-    first = run(tmp_path / "first", epochs=1)
-    reproduce.reproduce(first)
+def test_a_head_for_other_ways_begins_with_the_mean_class(first, tmp_path):
     changes = {"model": {"backbone": {"init_args": {"ways": 3}}}, "data": {"ways": 3}}
     second = begun_with(first, tmp_path / "second", ways=3, **changes)
     reproduce.reproduce(second)
-    old, new = of(first.weights), of(second.weights)
+    old, new = of(first), of(second.weights)
     heads = {name for name, value in new.items() if value.shape != old[name].shape}
     assert heads
     assert all(len(new[name]) == 3 for name in heads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from typing import Any
@@ -14,7 +13,7 @@ from conftest import ROOT
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
-from two_processes import METHODS, data, module, trainer, weights
+from two_processes import METHODS, data, free_port, module, torchrun, trainer, weights
 
 from lightning_imaml import IMAMLModule
 
@@ -34,9 +33,8 @@ def run(*command: str, environment: dict[str, str] | None = None, timeout: int =
 def results(tmp_path_factory) -> list[dict[str, Any]]:
     """Of one process alone, of rank 0 of two and of rank 1 of two; all cases in one start, for starting is slow."""
     folder = tmp_path_factory.mktemp("ranks")
-    for processes in ("1", "2"):
-        done = run(str(TESTS / "two_processes.py"), str(folder), processes)
-        assert done.returncode == 0, done.stderr[-3000:]
+    done = run(str(TESTS / "two_processes.py"), str(folder), timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"of{name}.pt") for name in ("1-0", "2-0", "2-1")]
 
 
@@ -179,7 +177,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 from torch import nn
-from two_processes import data, module, rank, trainer, weights
+from two_processes import data, forked, module, rank, trainer, weights
 
 class Stop(Callback):
     # Saves in the middle of a meta-step, and ends the process as a power cut would.
@@ -192,20 +190,24 @@ def fit(*callbacks, **settings):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 3)).double()
     model = module(backbone=network, accumulate_meta_batches=3)
-    torch.manual_seed(1 + rank() + 10 * (mode != "whole"))  # Every rank's global stream is its own.
+    torch.manual_seed(1 + rank() + 10 * ("ckpt_path" in settings))  # Every rank's global stream is its own.
     run = trainer(2, *callbacks, max_epochs=-1, max_steps=5)
     run.fit(model, datamodule=data(2, batches_per_epoch=5), **settings)
     return model
 
+def killed():
+    torch.save(weights(fit()), folder / f"whole{rank()}.pt")
+    fit(Stop())
+
+def resumed():
+    torch.save(weights(fit(ckpt_path=folder / "stop.ckpt")), folder / f"resumed{rank()}.pt")
+
 if __name__ == "__main__":
-    folder, mode = Path(sys.argv[1]), sys.argv[2]
+    folder = Path(sys.argv[1])
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if mode == "whole":
-        torch.save(weights(fit()), folder / f"whole{rank()}.pt")
-        fit(Stop())
-    else:
-        torch.save(weights(fit(ckpt_path=folder / "stop.ckpt")), folder / f"resumed{rank()}.pt")
+    assert forked(2, killed) == [-signal.SIGKILL] * 2
+    assert forked(2, resumed) == [0, 0]
 """
 
 
@@ -213,8 +215,7 @@ def test_two_processes_that_are_killed_in_the_middle_of_a_meta_step_go_on_exactl
     """With dropout: every rank has its own random stream, and its own share of the accumulated gradients."""
     script = tmp_path / "resumed.py"
     script.write_text(RESUMED)
-    assert run(str(script), str(tmp_path), "whole", timeout=120).returncode != 0  # Killed.
-    done = run(str(script), str(tmp_path), "resumed", timeout=120)
+    done = run(str(script), str(tmp_path), timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     shares = torch.load(tmp_path / "stop.ckpt", weights_only=True)["lightning_imaml"]["outer_step"]["shares"]
     first, second = (torch.cat([g.flatten() for g in share["gradients"].values()]) for share in shares)
@@ -236,19 +237,14 @@ EXAMPLE = str(ROOT / "examples" / "multi_gpu.py")
 
 
 def test_the_example_runs_on_two_nodes_by_the_environment_that_torchrun_sets(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     options = ["--accelerator", "cpu", "--devices", "1", "--num_nodes", "2", "--max_steps", "2"]
     command = [sys.executable, EXAMPLE, *options, "--folder", str(tmp_path)]
     nodes = []
     for node in range(2):
-        of_torchrun = {
-            "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2",
-            "RANK": str(node), "GROUP_RANK": str(node), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-        }  # fmt: skip
+        of_node = torchrun(node, 2, port, GROUP_RANK=str(node), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        nodes.append(subprocess.Popen(command, env=ENVIRONMENT | of_torchrun, **pipes))
+        nodes.append(subprocess.Popen(command, env=ENVIRONMENT | of_node, **pipes))
     printed = [node.communicate(timeout=200) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], printed
     assert "2 processes, 16 tasks a meta-step" in printed[0][0]

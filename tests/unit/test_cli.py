@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -34,8 +36,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def small(tmp_path) -> list[str]:
+def shrunk(folder: Path) -> list[str]:
     """The quickstart, made small, with its monitors due."""
     config = yaml.safe_load(QUICKSTART.read_text())
     for callback in config["trainer"]["callbacks"]:
@@ -43,21 +44,34 @@ def small(tmp_path) -> list[str]:
             callback["init_args"] = {"every_n_steps": 3, "reference_steps": 5, "reference_linear_steps": 5}
         if callback["class_path"].endswith("PeakMemoryMonitor"):
             callback["init_args"] = {"every_n_steps": 2}
-    config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path)
-    path = tmp_path / "small.yaml"
+    config["trainer"]["logger"]["init_args"]["save_dir"] = str(folder)
+    path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(config))
     return ["--config", str(path), *SMALL]
 
 
+@pytest.fixture
+def small(tmp_path) -> list[str]:
+    return shrunk(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[list[str], cli.CommandLine, str]:
+    """The options of a fit, the fit and what it printed."""
+    options = shrunk(tmp_path_factory.mktemp("trained"))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        fitted = cli.run(["fit", *options])
+    return options, fitted, printed.getvalue()
+
+
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # Each run has a folder of its own.
-def test_fit_test_and_predict_leave_a_picture_a_table_and_a_checkpoint(small, tmp_path, capsys):
-    fitted = cli.run(["fit", *small])
+def test_fit_test_and_predict_leave_a_picture_a_table_and_a_checkpoint(trained, capsys):
+    small, fitted, printed = trained
     folder = Path(fitted.trainer.log_dir)
     assert (folder / "learning_curve.png").stat().st_size > 10_000
     curve = (folder / "learning_curve.csv").read_text()
     for metric in ("train/outer_loss", "val/accuracy", "meta_gradient/relative_error", "memory/inner_loop_mib"):
         assert metric in curve
-    printed = capsys.readouterr().out
     assert "Validation results" in printed
     assert "5-way 1-shot" in printed
     assert isinstance(fitted.trainer.strategy.checkpoint_io, AtomicCheckpointIO)
@@ -81,8 +95,8 @@ def test_fit_test_and_predict_leave_a_picture_a_table_and_a_checkpoint(small, tm
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_given_settings_that_a_checkpoint_replaces_are_named(small):
-    fitted = cli.run(["fit", *small])
+def test_given_settings_that_a_checkpoint_replaces_are_named(trained):
+    small, fitted, _ = trained
     best = fitted.trainer.checkpoint_callback.best_model_path
     steps = ["--model.inner_solver.init_args.steps", "7"]
     with pytest.warns(UserWarning, match=r"replace those given: [\w.]*steps=7 \(there 2\)\. For other settings"):
