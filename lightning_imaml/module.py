@@ -19,6 +19,7 @@ from lightning_imaml.components.checks import require_choice
 from lightning_imaml.curvature import GaussNewton
 from lightning_imaml.episodes import Episode
 from lightning_imaml.functional import Adapted, MetaGradient
+from lightning_imaml.functional.prediction import predict_rows
 from lightning_imaml.functional.settings import check_chunk_size
 from lightning_imaml.inner import GradientDescent, InnerSolver
 from lightning_imaml.linear import ConjugateGradient
@@ -374,7 +375,9 @@ class IMAMLModule(OuterStep):
     def _predict_initial(self, batch: Episode) -> Any:
         """The unadapted network on every task's query set, ``[T, n, ...]``."""
         flat = FlatModel(self.backbone, adapt_only=self.adapt_only)
-        return self._predict(flat.unflatten(flat.initial().expand(batch.tasks, -1)), batch)
+        rows = flat.initial().expand(batch.tasks, -1)
+        with torch.no_grad():
+            return predict_rows(flat, rows, batch.query_inputs, batch.support_inputs, self.chunk_size)
 
     def _predict(self, parameters: dict[str, Tensor], batch: Episode) -> Any:
         with torch.no_grad():
