@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -85,6 +87,8 @@ class IMAMLModule(OuterStep):
             without tasks is not taken. Evaluation always raises: results without their worst tasks would flatter.
         eval_inner_solver: what adapts in validation, test, predict and :meth:`adapt`, such as more steps; None for
             ``inner_solver``.
+        check_network: check the backbone's structure when it is first used, see
+            :func:`lightning_imaml.functional.adapt`.
         query_loss: the outer loss, such as ``ScaledCrossEntropy``; None for ``loss``. An overridden outer_loss wins.
 
     Override :meth:`configure_backbone`, :meth:`inner_loss`, :meth:`outer_loss`, :meth:`configure_metrics` or
@@ -113,6 +117,7 @@ class IMAMLModule(OuterStep):
         on_bad_task: Literal["raise", "skip"] = "raise",
         eval_inner_solver: InnerSolver | None = None,
         query_loss: Loss | None = None,
+        check_network: bool = True,
     ) -> None:
         # Those of Hydra have containers of OmegaConf in them.
         inner_solver, eval_inner_solver = without_configs(inner_solver), without_configs(eval_inner_solver)
@@ -147,6 +152,7 @@ class IMAMLModule(OuterStep):
         # Not ``compile``: that is nn.Module's method.
         self.compile_solves = compile
         self.solve_precision = solve_precision
+        self.check_network = check_network
         self.strengths, self.rates = Float32Parameters(), Float32Parameters()
         # By stage and dataloader. A dictionary that is no submodule: what a metric holds is no weight of a checkpoint.
         self._metrics: dict[tuple[str, int], LoaderMetrics] = {}
@@ -175,6 +181,12 @@ class IMAMLModule(OuterStep):
         Raises:
             ValueError: the strategy shards the parameters.
         """
+        if self._compiler_ctx is not None:  # The Trainer was given torch.compile(module).
+            to_uncompiled(self)
+            rank_zero_warn(
+                "torch.compile must not wrap an IMAMLModule, since its code cannot be differentiated twice; found that "
+                "it does. Going on without it. Pass compile=True to the module to compile the solves."
+            )
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         known = {} if data is None else data.hparams
@@ -326,6 +338,7 @@ class IMAMLModule(OuterStep):
             "chunk_size": self.chunk_size,
             "compile": self.compile_solves,
             "full_precision": self.solve_precision == "full",
+            "check_network": self.check_network,
         }
 
     def _loss(self, name: str) -> Loss:
@@ -387,6 +400,7 @@ class IMAMLModule(OuterStep):
                 batch.query_inputs,
                 support_inputs=batch.support_inputs,
                 chunk_size=self.chunk_size,
+                check_network=self.check_network,
             )
 
     def validation_step(self, batch: Episode, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -416,6 +430,7 @@ class IMAMLModule(OuterStep):
             loss=self._loss("outer_loss"),
             support_inputs=batch.support_inputs,
             chunk_size=self.chunk_size,
+            check_network=self.check_network,
         )
         metrics = self._metrics_of(stage, loader)
         logged, shown = metrics.update(loss, adapted.residual), dict[str, Metric]()

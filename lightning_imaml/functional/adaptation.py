@@ -49,6 +49,7 @@ def adapt(
     chunk_size: int | None = None,
     compile: bool = False,
     full_precision: bool = True,
+    check_network: bool = True,
 ) -> Adapted:
     """Adapt a network to T tasks, each on its own support set.
 
@@ -78,13 +79,24 @@ def adapt(
             object every time, since each object is compiled by itself.
         full_precision: leave ``torch.autocast``, and solve in float32 where the network's parameters have fewer bits.
             The results are float32 then, too. False keeps the precision of the parameters and of autocast.
+        check_network: check, when a network is first used, that it is computed as a plain call computes it, which costs
+            less than a meta-step; see ``docs/networks.md``.
 
     Raises:
-        ValueError: an argument does not fit, see the message.
+        ValueError: an argument does not fit, or the network cannot be used rightly, see the message.
         FloatingPointError: a task's adaptation is not finite or explodes; the message names the tasks.
     """
     settings = Settings(
-        loss, None, inner_solver, regularizer, strengths, rates, adapt_only, chunk_size, compile, full_precision
+        loss=loss,
+        inner_solver=inner_solver,
+        regularizer=regularizer,
+        strengths=strengths,
+        rates=rates,
+        adapt_only=adapt_only,
+        chunk_size=chunk_size,
+        compile=compile,
+        full_precision=full_precision,
+        check_network=check_network,
     )
     episode = Episode(support_inputs, support_targets, support_inputs, support_targets)
     solve = Solve(model, episode, settings)

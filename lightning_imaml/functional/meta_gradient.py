@@ -64,6 +64,7 @@ def meta_gradient(
     compile: bool = False,
     full_precision: bool = True,
     on_bad_task: Literal["raise", "skip"] = "raise",
+    check_network: bool = True,
 ) -> MetaGradient:
     """The gradient of F(θ, λ) = (1/T) Σ_i Q_i(φ_i) for a batch of tasks.
 
@@ -104,13 +105,25 @@ def meta_gradient(
             root of the dtype's largest number. "raise" raises an error. "skip" warns, names the task, computes the
             batch again without it and takes the mean over the others; ``result.tasks`` holds the tasks that are left.
             If none is left, the gradient is zero.
+        check_network: check, when a network is first used, that it is computed as a plain call computes it, which costs
+            less than a meta-step; see ``docs/networks.md``.
 
     Raises:
-        ValueError: an argument does not fit, see the message.
+        ValueError: an argument does not fit, or the network cannot be used rightly, see the message.
         FloatingPointError: a task is bad, see ``on_bad_task``; the message names it.
     """
     settings = Settings(
-        loss, outer_loss, inner_solver, regularizer, strengths, rates, adapt_only, chunk_size, compile, full_precision
+        loss,
+        outer_loss,
+        inner_solver,
+        regularizer,
+        strengths,
+        rates,
+        adapt_only,
+        chunk_size,
+        compile,
+        full_precision,
+        check_network,
     )
     require_choice("on_bad_task", on_bad_task, ("raise", "skip"))
     solve = Solve(model, episode, settings, estimator.differentiated_steps(inner_solver))

@@ -17,10 +17,13 @@ from lightning_imaml.functional.settings import Settings
 from lightning_imaml.parameters.layout import Layout
 from lightning_imaml.problems.checks import is_cross_entropy, require_probabilities, require_task_dimension
 from lightning_imaml.problems.chunks import default_chunk_size
+from lightning_imaml.problems.first_use import check_network
 from lightning_imaml.problems.network import FlatModel
+from lightning_imaml.problems.second_derivatives import named_missing_derivatives
 from lightning_imaml.problems.supervised import LossFunction, SupervisedProblem, TaskLoss
 from lightning_imaml.problems.support_set import concat_support
 from lightning_imaml.runtime.attention import plain_attention
+from lightning_imaml.runtime.eager import force_eager
 from lightning_imaml.runtime.precision import default_dtype, full_float32
 
 # Cache per network: the owner (a regulariser or a solver), the layout, and the names and shapes that the owner learns.
@@ -48,6 +51,7 @@ class Solve:
         self.settings = settings
         self.differentiated_steps = differentiated_steps
         self.network = flat = _network(model, settings)
+        self._episode = episode
         episode.validate()
         _require_fitting(flat, episode)
         require_task_dimension(flat, episode.support_inputs)
@@ -74,6 +78,8 @@ class Solve:
         size = settings.chunk_size or default_chunk_size(
             flat, episode.support_inputs, episode.tasks, query_inputs, self.differentiated_steps
         )
+        if settings.check_network:
+            check_network(flat, episode.support_inputs, batched=min(size, episode.tasks) > 1)
         for part in episode._replace(query_inputs=query_inputs).split(size):
             tasks = Episode(*flat.cast(clone_inference_tensors(tuple(part))))
             support = TaskLoss(
@@ -90,13 +96,26 @@ class Solve:
             )
             yield SupervisedProblem(support, regularizer, initial, strengths, rates), query
 
+    def _one_task(self) -> TaskLoss:
+        """The loss of the first task on its support set."""
+        inputs, targets = pytree.tree_map(
+            lambda t: t[:1], (self._episode.support_inputs, self._episode.support_targets)
+        )
+        return TaskLoss(self.network, self.settings.loss, *self.network.cast((inputs, targets)))
+
     @contextmanager
     def precision(self) -> Iterator[None]:
-        """Leave inference mode, which cannot differentiate, and autocast, whose bf16 products are wrong by 5e-3."""
+        """Set PyTorch up for a solve, and put its settings and the network's state back afterwards.
+
+        This leaves inference mode, which cannot differentiate, and autocast, whose bf16 products are wrong by 5e-3.
+        """
         flat = self.network
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(plain_attention())
+            stack.enter_context(force_eager())
+            stack.enter_context(flat.isolated())
+            stack.enter_context(named_missing_derivatives(self._one_task))
             if self.settings.full_precision:
                 stack.enter_context(torch.autocast(flat.device.type, enabled=False))
                 stack.enter_context(full_float32())

@@ -38,6 +38,7 @@ class Settings:
         chunk_size: the most tasks at once; None chooses it from the size of a task.
         compile: whether to compile the inner loop and the linear solve.
         full_precision: whether to solve in float32 or more, outside autocast.
+        check_network: whether to check a network's structure when it is first used.
 
     Raises:
         ValueError: ``chunk_size`` is below 1.
@@ -53,6 +54,7 @@ class Settings:
     chunk_size: int | None = None
     compile: bool = False
     full_precision: bool = True
+    check_network: bool = True
 
     def __post_init__(self) -> None:
         check_chunk_size(self.chunk_size)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.overrides import TorchFunctionMode
+from typing_extensions import Self
 
 from lightning_imaml.components.checks import require
 from lightning_imaml.problems.stock_layers import stock_layer
@@ -69,9 +74,7 @@ class SupportNorm(SupportLayer):
     def forward(self, inputs: Tensor) -> Tensor:
         """Normalise ``[n, C, ...]``."""
         variance, mean = self._statistics(inputs[: self.support_rows])
-        shape = [1, self.channels] + [1] * (inputs.ndim - 2)
-        scale = (variance + self.eps).rsqrt() * self.weight.view(shape)
-        return (inputs - mean) * scale + self.bias.view(shape)
+        return _normalize(inputs, variance, mean, self.weight, self.bias, self.eps)
 
     def frozen(self, inputs: Tensor) -> nn.Module:
         """PyTorch's BatchNorm with the statistics of these support samples ``[s, C, ...]`` in its buffers."""
@@ -86,7 +89,7 @@ class SupportNorm(SupportLayer):
         """Variance and mean of each channel, ``[1, C, 1, ...]``."""
         values = support.numel() // self.channels
         require(values > 1, self, "the support set", "more than one value a channel", values, "Use norm='layer'.")
-        return torch.var_mean(support, [0, *range(2, support.ndim)], correction=0, keepdim=True)
+        return _statistics(support)
 
 
 def norm_layer(norm: Norm, channels: int, images: bool = True) -> nn.Module:
@@ -119,17 +122,100 @@ def norm_layer(norm: Norm, channels: int, images: bool = True) -> nn.Module:
     raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}; found {norm!r}. The papers use 'batch'.")
 
 
+class _OwnForward(SupportLayer):
+    """A BatchNorm layer whose class adds something in its own ``forward``, over the statistics of the support set.
+
+    It has the layer's parameters, submodules and buffers under the same names, and calls the layer with another
+    ``torch.nn.functional.batch_norm``.
+    """
+
+    layer: _BatchNorm
+
+    def __init__(self, layer: _BatchNorm) -> None:
+        super().__init__()
+        # The same dictionaries: what takes the place of a parameter here takes it in the layer.
+        for held in ("_parameters", "_buffers", "_modules"):
+            vars(self)[held] = vars(layer)[held]
+        vars(self)["layer"] = layer  # Past nn.Module, which would register it.
+        self.train(layer.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode of the layer, too."""
+        self.layer.training = mode
+        return super().train(mode)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """What the layer makes of ``[n, C, ...]``."""
+        with _SupportStatistics(self.support_rows):
+            outputs: Tensor = self.layer(inputs)
+        return outputs
+
+    def frozen(self, inputs: Tensor) -> nn.Module:
+        """The layer itself with the statistics of these support samples ``[s, C, ...]`` in its buffers."""
+        layer = copy.deepcopy(self.layer)
+        variance, mean = _statistics(inputs)
+        layer.track_running_stats = True
+        layer.running_mean, layer.running_var = mean.flatten(), variance.flatten()
+        return layer
+
+
+class _SupportStatistics(TorchFunctionMode):
+    """Within the block, BatchNorm takes the statistics of the first rows; of all rows for None."""
+
+    def __init__(self, rows: int | None) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Replace ``batch_norm`` alone."""
+        if func is not F.batch_norm:
+            return func(*args, **(kwargs or {}))
+        return self._normalize(*args, **(kwargs or {}))
+
+    def _normalize(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        return _normalize(input, *_statistics(input[: self.rows]), weight, bias, eps)
+
+
+def _statistics(support: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and mean of each channel, ``[1, C, 1, ...]``."""
+    return torch.var_mean(support, [0, *range(2, support.ndim)], correction=0, keepdim=True)
+
+
+def _normalize(
+    inputs: Tensor, variance: Tensor, mean: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Normalise ``[n, C, ...]``, then scale and shift."""
+    shape = [1, inputs.shape[1]] + [1] * (inputs.ndim - 2)
+    scale = (variance + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.view(shape)
+    outputs = (inputs - mean) * scale
+    return outputs if bias is None else outputs + bias.view(shape)
+
+
 def use_batch_statistics(module: nn.Module) -> nn.Module:
     """Make every BatchNorm layer of ``module`` use the statistics of the batch at hand, always.
 
     Tasks that adapt side by side must not overwrite one another's running statistics. This removes them, in place; it
-    is the papers' protocol.
+    is the papers' protocol. InstanceNorm layers lose theirs, too, and use those of each sample.
 
     Returns:
         The module itself.
     """
     for layer in module.modules():
-        if isinstance(layer, _BatchNorm):
+        if isinstance(layer, _NormBase):
             layer.track_running_stats = False
             layer.running_mean = layer.running_var = layer.num_batches_tracked = None
     return module
@@ -138,7 +224,9 @@ def use_batch_statistics(module: nn.Module) -> nn.Module:
 def use_support_statistics(module: nn.Module) -> nn.Module:
     """Replace every BatchNorm layer of ``module`` by :class:`SupportNorm`, in place: the inductive protocol.
 
-    Scale and shift stay the same parameters under the same names; running statistics are dropped.
+    Scale and shift stay the same parameters under the same names; running statistics are dropped, those of InstanceNorm
+    layers too. What a class of one's own adds in its ``forward``, such as the activation of timm's ``BatchNormAct2d``,
+    stays.
 
     Returns:
         The module itself; a module that is a BatchNorm layer gives its replacement.
@@ -146,8 +234,13 @@ def use_support_statistics(module: nn.Module) -> nn.Module:
     for name, layer in list(module._modules.items()):  # named_children leaves out the second place of a layer.
         if layer is not None:
             setattr(module, name, use_support_statistics(layer))
+    if not isinstance(module, _NormBase):
+        return module
+    use_batch_statistics(module)
     if not isinstance(module, _BatchNorm):
         return module
+    if type(module).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return _OwnForward(module)
     norm = SupportNorm(module.num_features, module.eps).train(module.training)
     if module.affine:
         norm.weight, norm.bias = module.weight, module.bias

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
+from lightning_imaml.episodes import clone_inference_tensors
 from lightning_imaml.parameters.layout import Layout
 from lightning_imaml.parameters.names import matches, require_matches, tied_names
+from lightning_imaml.problems.isolation import Place, Snapshot, replacing, traits_of, untouched
+from lightning_imaml.problems.refusals import refuse_state
 from lightning_imaml.problems.stock_layers import has_stock_layers_alone
 from lightning_imaml.problems.support_set import support_rows
 from lightning_imaml.problems.vmap import vmap_tasks
@@ -40,10 +42,12 @@ class FlatModel:
         adapt_only: patterns over parameter names; the trainable parameters that match, tied ones by any of their names,
             belong to the rows. None is all.
 
+    Attributes:
+        traits: what earlier calls of the module have shown.
+
     Raises:
         ValueError: nothing in the module is trainable, a pattern matches nothing that is, the trainable parameters
-            differ in dtype or device, or the module would update BatchNorm running statistics, which tasks must not
-            share.
+            differ in dtype or device, or a layer keeps state from one call to the next, which tasks must not share.
     """
 
     def __init__(
@@ -65,16 +69,9 @@ class FlatModel:
                 f"the backbone's trainable parameters must share one floating dtype and one device; found "
                 f"{sorted(map(str, kinds))} in {type(module).__name__}. Convert it with .to(dtype=..., device=...)."
             )
-        for name, layer in module.named_modules():
-            if isinstance(layer, _NormBase) and layer.training and layer.running_mean is not None:
-                raise ValueError(
-                    f"the backbone's norm layers must not track running statistics in training, since every task "
-                    f"would overwrite the others'; found {type(layer).__name__} {name!r}. Build it with "
-                    "track_running_stats=False (batch statistics, the paper's protocol), or call "
-                    "lightning_imaml.models.use_batch_statistics(backbone); for the inductive protocol, "
-                    "use_support_statistics(backbone)."
-                )
+        refuse_state(module)
         self.module = module
+        self.traits = traits_of(module)
         self.compile = compile
         adapted = list(trainable)
         # A tied parameter is one parameter, by whichever of its names.
@@ -162,22 +159,78 @@ class FlatModel:
         if state is None and (self.shared or self.dtype != self.stored_dtype):
             state = self.state()
         # The library's convolutions of one task, and their first derivatives, are faster on a CPU with the channels
-        # innermost. Their second derivatives are not; compiled rows have them so already.
+        # last. Their second derivatives are slower; compiled rows have them so already.
         here = parameters.device.type == "cpu" and parameters.dtype == torch.float32 and not self.compile
         channels_last = first_order_only and here and parameters.shape[0] == 1 and has_stock_layers_alone(self.module)
 
-        def call(named: dict[str, Tensor], inputs: Any) -> Any:
-            with support_rows(support), _refuse_checkpoint(self.module):
-                found = {**named, **(state or {})}
-                found |= {other: found[name] for other, name in self._tied.items() if name in found}
-                if channels_last:
-                    found = {name: _channels_last(t) for name, t in found.items()}
-                outputs = functional_call(self.module, found, (inputs,), tie_weights=False)
+        def call(named: dict[str, Tensor], own: dict[str, Tensor], inputs: Any) -> Any:
+            named = {**named, **(state or {}), **own}
+            if channels_last:
+                named = {name: _channels_last(t) for name, t in named.items()}
+            outputs = self.forward(named, inputs, support)
             if channels_last:  # As the loss expects them.
                 outputs = pytree.tree_map(Tensor.contiguous, outputs)
-            return pytree.tree_map(lambda t: t[support:], outputs) if support else outputs
+            return outputs
 
-        return vmap_tasks(call, self.module, self.unflatten(parameters), inputs)
+        def of_tasks(parameters: Tensor, inputs: Any) -> Any:
+            own = self._written_buffers(state, parameters.shape[0])
+            return vmap_tasks(call, self.module, self.unflatten(parameters), own, inputs)
+
+        if torch.is_grad_enabled():
+            return of_tasks(parameters, inputs)
+        if not self.traits.differentiates:
+            try:
+                return of_tasks(parameters, inputs)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                self.traits.differentiates = True
+        with torch.inference_mode(False), torch.enable_grad():
+            state = None if state is None else clone_inference_tensors(dict(state))
+            outputs = of_tasks(*clone_inference_tensors((parameters, inputs)))
+        return pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+
+    def forward(self, named: dict[str, Tensor], inputs: Any, support: int = 0, keep: bool = False) -> Any:
+        """Outputs ``[n, ...]`` of the module with other parameters and buffers.
+
+        Args:
+            named: parameters and buffers by name. Afterwards it holds the buffers that the forward pass has set.
+            inputs: ``[n, ...]``.
+            support: see :meth:`__call__`.
+            keep: whether the attributes that the forward pass writes stay so.
+        """
+        named |= {other: named[name] for other, name in self._tied.items() if name in named}
+        before = Snapshot(self.module, values=False) if self.traits.writes and not keep else None
+        try:
+            with self.surroundings(support), replacing(self.traits):
+                outputs = functional_call(self.module, named, (inputs,), tie_weights=False)
+        finally:
+            if before is not None:
+                before.restore()
+        return pytree.tree_map(lambda t: t[support:], outputs) if support else outputs
+
+    @contextlib.contextmanager
+    def surroundings(self, support: int = 0) -> Iterator[None]:
+        """What a call of the module has around it, see :meth:`__call__`."""
+        with support_rows(support), _refuse_checkpoint(self.module):
+            yield
+
+    def isolated(self) -> contextlib.AbstractContextManager[None]:
+        """Around all that calls the module: afterwards its state is as it was."""
+        return untouched(self.module, self.traits)
+
+    def _written_buffers(self, state: Mapping[str, Tensor] | None, tasks: int) -> dict[str, Tensor]:
+        """A copy for each task of every buffer that the forward pass writes, ``[T, ...]``."""
+        if not self.traits.writes:
+            return {}
+        names = {_qualified(place) for place in self.traits.writes}
+        held = self.cast({name: buffer for name, buffer in self.module.named_buffers() if name in names})
+        held |= {name: value for name, value in (state or {}).items() if name in held}
+        return {name: value.expand(tasks, *value.shape).clone() for name, value in held.items()}
+
+
+def _qualified(place: Place) -> str:
+    return ".".join(filter(None, place))
 
 
 def _channels_last(parameter: Tensor) -> Tensor:

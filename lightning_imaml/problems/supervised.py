@@ -6,6 +6,7 @@ Row i of a parameter matrix holds all trainable parameters of the network that t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import weakref
@@ -23,6 +24,7 @@ from lightning_imaml.linear.operator import LinearOperator
 from lightning_imaml.parameters.rows import Rows
 from lightning_imaml.problems.base import Linearization, Minimization, SupportsLinearize
 from lightning_imaml.problems.checks import checked, require_fitting_outputs
+from lightning_imaml.problems.isolation import replacing, traits_of_loss, unreadable
 from lightning_imaml.problems.network import FlatModel
 from lightning_imaml.problems.vmap import vmap_tasks
 from lightning_imaml.regularizers import MatrixProximal, Regularizer
@@ -108,8 +110,10 @@ class TaskLoss:
 
     def from_outputs(self, outputs: Any) -> Tensor:
         """The losses ``[T]`` of given outputs."""
-        owner = getattr(self.loss, "__func__", self.loss)
-        losses: Tensor = vmap_tasks(checked(self.loss, owner), owner, outputs, self.targets)
+        owner, written = getattr(self.loss, "__func__", self.loss), self.model.traits.writes
+        reading = unreadable(self.model.module, written) if written else contextlib.nullcontext()
+        with reading, replacing(traits_of_loss(owner)):
+            losses: Tensor = vmap_tasks(checked(self.loss, owner), owner, outputs, self.targets)
         if losses.ndim != 1:
             raise ValueError(
                 f"loss must give one number for each task; found a tensor of shape {list(losses.shape[1:])}. "

@@ -33,9 +33,12 @@ def vmap_tasks(function: Callable[..., Any], owner: Any, *trees: Any) -> Any:
     """
     first = pytree.tree_leaves(trees)[0]
     known = _remembered(owner)
+    recording = get_proxy_mode() is not None
+    if recording and known is False and first.shape[0] > 1:  # As many copies of the network would be compiled.
+        raise NotImplementedError("tasks that go one at a time; chunk_size=1 compiles a single one")
     if first.shape[0] == 1 or known is False:  # One task needs no batching rules.
         return _in_turn(function, first.shape[0], trees)
-    if get_proxy_mode() is not None:  # What the recording for the compiler cannot do says nothing of plain PyTorch.
+    if recording:  # What the recording for the compiler cannot do says nothing of plain PyTorch.
         return vmap(function, randomness="different")(*trees)
     # Not of a known one: on a GPU, it would wait for the device in every step.
     random = None if known else random_states(first.device)
@@ -57,6 +60,11 @@ def vmap_tasks(function: Callable[..., Any], owner: Any, *trees: Any) -> Any:
         if known is None:
             _remember(owner, True)
     return results
+
+
+def go_in_turn(owner: Any) -> None:
+    """Take one task after the other from now on, for functions of this owner."""
+    _remember(owner, False)
 
 
 def _remembered(owner: Any) -> bool | None:

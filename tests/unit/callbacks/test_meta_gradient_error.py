@@ -258,7 +258,7 @@ def test_training_is_the_same_with_and_without(tmp_path):
 
     monitor = MetaGradientErrorMonitor(every_n_steps=1, reference_steps=5, reference_linear_steps=5)
     expected, found = after(), after(monitor)
-    assert expected["backbone.calls"] > 0
+    assert expected["backbone.calls"] == 0
     for name, value in expected.items():
         assert torch.equal(value, found[name]), name
 

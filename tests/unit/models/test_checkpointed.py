@@ -211,6 +211,9 @@ def test_what_the_refusal_prevents(monkeypatch):
         "lightning_imaml.problems.network.disable_saved_tensors_hooks", lambda message: torch.enable_grad()
     )
     wrong = TorchCheckpoint().double()
+    with pytest.raises(ValueError, match="'weight' of Linear 'hidden' has another one"):  # The check sees it, too.
+        meta_gradient(wrong, regression_episode(), loss=F.mse_loss, chunk_size=1)
+    monkeypatch.setattr("lightning_imaml.functional.preparation.check_network", lambda *_, **__: None)
     right = TanhNet().double()
     right.load_state_dict(wrong.state_dict())
     errors = []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -13,11 +16,11 @@ from torchvision.models import mobilenet_v2
 
 from lightning_imaml import Episode, IMAMLModule
 from lightning_imaml.callbacks import AdaptationCurve, ResultsTable
-from lightning_imaml.functional import adapt, evaluate, meta_gradient, predict
+from lightning_imaml.functional import adapt, adapted_network, evaluate, meta_gradient, predict
 from lightning_imaml.inner import GradientDescent
 from lightning_imaml.linear import Direct
 from lightning_imaml.meta_gradients import FirstOrder, Implicit, Unrolled
-from lightning_imaml.models import Checkpointed, SupportNorm, use_support_statistics
+from lightning_imaml.models import Checkpointed, SupportNorm, use_batch_statistics, use_support_statistics
 from lightning_imaml.regularizers import Proximal
 
 WAYS, TASKS = 3, 2
@@ -295,3 +298,70 @@ def test_both_places_of_a_layer_are_replaced_and_keep_their_parameters():
     assert isinstance(network[0], SupportNorm)
     assert isinstance(network[2], SupportNorm)
     assert network[0].weight is network[2].weight is layer.weight
+
+
+class BatchNormAct(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d: a forward of its own, with an activation."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.Softplus()
+
+    def forward(self, x):
+        mean, variance = (None, None) if self.running_mean is None else (self.running_mean, self.running_var)
+        x = F.batch_norm(x, mean, variance, self.weight, self.bias, mean is None or self.training, 0.1, self.eps)
+        return self.act(x)
+
+
+class TanhOfTwice(nn.Module):
+    def forward(self, x):
+        return torch.tanh(2 * x)
+
+
+class BatchNormTwice(nn.BatchNorm2d):
+    def forward(self, x):
+        return torch.tanh(2 * super().forward(x))
+
+
+@pytest.mark.parametrize(("kind", "added"), [(BatchNormAct, nn.Softplus()), (BatchNormTwice, TanhOfTwice())])
+def test_what_a_batch_norm_of_ones_own_adds_stays(kind, added):
+    def build(norm):
+        torch.manual_seed(0)
+        layers = nn.Conv2d(1, 4, 3, stride=2), norm, nn.Flatten(), nn.Linear(4 * 4, WAYS)
+        return nn.Sequential(*layers).double()
+
+    replaced, expected = use_support_statistics(build(kind(4))), build(nn.Sequential(SupportNorm(4)))
+    assert [name for name, _ in replaced.named_parameters()] == [
+        f"{k}.{part}" for k in (0, 1, 3) for part in ("weight", "bias")
+    ]
+    assert not dict(replaced.named_buffers())
+    expected[1].append(added)
+    episode = tasks()
+    settings = {"inner_solver": GradientDescent(LR, 2), "regularizer": Proximal(STRENGTH), "estimator": Unrolled()}
+    found, right = (meta_gradient(net, episode, **settings).grads for net in (replaced, expected))
+    torch.testing.assert_close(list(found.values()), list(right.values()), rtol=1e-10, atol=1e-12)
+    again = copy.deepcopy(replaced.eval())
+    assert not again[1].layer.training
+    torch.testing.assert_close(list(meta_gradient(again, episode, **settings).grads.values()), list(right.values()))
+    adapted = adapt(replaced, *episode[:2]).parameters
+    plain = adapted_network(replaced, adapted, task=1, support_inputs=episode.support_inputs)
+    assert type(plain[1]) is kind
+    predicted = predict(replaced, adapted, episode.query_inputs, support_inputs=episode.support_inputs)[1]
+    torch.testing.assert_close(plain(episode.query_inputs[1]), predicted, rtol=1e-10, atol=1e-12)
+    twin = pickle.loads(pickle.dumps(replaced))
+    twin.load_state_dict(replaced.state_dict())
+    torch.testing.assert_close(twin(episode.query_inputs[0]), expected(episode.query_inputs[0]))
+
+
+@pytest.mark.parametrize("helper", [use_batch_statistics, use_support_statistics])
+def test_the_remedy_works_for_instance_norms(helper):
+    def build(track):
+        torch.manual_seed(0)
+        norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=track)
+        return nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), norm, nn.Tanh(), nn.Flatten(), nn.Linear(16, WAYS)).double()
+
+    tracking, episode = build(True), tasks()
+    with pytest.raises(ValueError, match=r"found InstanceNorm2d '1'.*use_batch_statistics\(backbone\)"):
+        meta_gradient(tracking, episode)
+    found, expected = meta_gradient(helper(tracking), episode).grads, meta_gradient(build(False), episode).grads
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
