@@ -12,7 +12,7 @@ from conftest import ROOT
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import kernels, overhead, regression, scaling, stock_layers
+from benchmarks import first_use, kernels, overhead, regression, scaling, stock_layers
 from benchmarks.__main__ import main
 from benchmarks.workloads import WORKLOADS, Settings, Workload
 from lightning_imaml.problems import network
@@ -193,3 +193,16 @@ def test_well_known_layers(monkeypatch, tmp_path, capsys):
 def test_what_is_timed_of_well_known_layers_runs():
     for work in stock_layers.works(TINY).values():
         assert work() is not None
+
+
+def test_the_first_use(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(WORKLOADS, "omniglot-5-1", TINY)
+    checks = []
+    monkeypatch.setattr(first_use, "check_network", lambda flat, _: checks.append(bool(flat.traits.checked)))
+    seconds = iter([9.0] * 3 + [1.0, 0.5, 4.0] * 2)
+    monkeypatch.setattr(first_use, "timed", lambda work: (work(), next(seconds))[1])
+    (row,) = first_use.main(["--workloads", "omniglot-5-1", "--repeats", "2", "--output", str(tmp_path)])
+    assert len(checks) == 6, "in turns, three times"
+    assert row["check_over_meta_step"] == 0.25
+    assert numbers(tmp_path / "first_use.csv") == [{name: str(value) for name, value in row.items()}]
+    assert "check_over_meta_step 0.25" in capsys.readouterr().out
