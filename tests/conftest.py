@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -11,22 +12,33 @@ from lightning_imaml import Episode
 
 ROOT = Path(__file__).resolve().parents[1]
 OMNIGLOT = ROOT.parent / "shared" / "data" / "omniglot"
+MEASURED = pytest.StashKey[bool]()
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Measure coverage in the first case of each test only: tracing makes Python 3.11 run at half its speed.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is measured with ``--cov``: the first case of each test that is not slow.
 
-    Slow tests are not measured either. The floor of ``make test`` is the stricter for it: every line counts only if a
-    quick test reaches it in its first case.
+    Tracing makes Python 3.11 run at half its speed, PyTorch's own Python too. The floor of ``make test`` is stricter
+    for it: a line counts only if a quick test reaches it in its first case.
     """
-    if not config.pluginmanager.hasplugin("_cov"):
-        return
     seen: set[str] = set()
     for item in items:
         name = item.nodeid.partition("[")[0]
-        if name in seen or item.get_closest_marker("slow"):
-            item.add_marker("no_cover")
+        item.stash[MEASURED] = name not in seen and item.get_closest_marker("slow") is None
         seen.add(name)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Pause the measurement for the other tests, with their fixtures, which pytest-cov's own marker would measure."""
+    controller = getattr(item.config.pluginmanager.getplugin("_cov"), "cov_controller", None)
+    if controller is None or item.stash[MEASURED]:
+        return (yield)
+    controller.pause()
+    try:
+        return (yield)
+    finally:
+        controller.resume()
 
 
 @pytest.fixture(scope="session")
