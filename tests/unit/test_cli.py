@@ -304,6 +304,7 @@ CHANGES = [
     "--model.init_args.compile", "false",
     "--model.init_args.solve_precision", "trainer",
     "--model.init_args.on_bad_task", "skip",
+    "--model.init_args.check_network", "false",
     "--model.init_args.query_loss", "lightning_imaml.losses.ScaledCrossEntropy",
     "--model.init_args.query_loss.init_args.scale", "2.5",
 ]  # fmt: skip

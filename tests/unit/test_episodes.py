@@ -100,5 +100,5 @@ def test_the_remedy_for_a_wrong_dtype_works():
         meta_gradient(network, episode.to(torch.float64))
     wide = episode.to(torch.float64)
     assert meta_gradient(network, wide.to(torch.float32)).loss.isfinite().all()
-    with pytest.raises(ValueError, match=r"found meta\. Move one of them with \.to\(device\)"):
+    with pytest.raises(ValueError, match=r"found 'meta'\. Move one of them with \.to\(device\)"):
         meta_gradient(network, episode.to("meta"))
