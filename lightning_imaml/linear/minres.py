@@ -21,7 +21,7 @@ class MinRes(KrylovSolver):
     The Lanczos process makes A tridiagonal, and Givens rotations minimise ‖b − Ax‖ over the Krylov space, so that the
     residual never grows. ``indefinite`` comes from the signs of the tridiagonal matrix's pivots: it says that A has a
     direction of negative curvature in that space. Masks on the device stop each task by itself. SciPy's equivalent is
-     ``scipy.sparse.linalg.minres``.
+    ``scipy.sparse.linalg.minres``.
 
     Args:
         max_iter: the most iterations, one product with A each; one more product measures the residual.

@@ -36,7 +36,7 @@ class FlatModel:
 
     Args:
         module: any module that maps inputs ``[n, ...]`` to outputs ``[n, ...]``.
-        compile: compile functions of it, see :mod:`lightning_imaml._compile`. Rows then hold the weights of
+        compile: compile functions of it, see :mod:`lightning_imaml._compile.door`. Rows then hold the weights of
             convolutions with the channels innermost, as compiled convolutions read them.
         dtype: the dtype of the rows, in which the network then computes; None for that of its parameters.
         adapt_only: patterns over parameter names; the trainable parameters that match, tied ones by any of their names,
