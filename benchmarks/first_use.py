@@ -47,6 +47,7 @@ def main(args: list[str] | None = None) -> list[Row]:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("results"))
     options = parser.parse_args(args)
+    options.output.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for name in options.workloads:
         works = sides(WORKLOADS[name])
