@@ -73,4 +73,4 @@ class BiCGStab(KrylovSolver):
             p, rho = r + beta * (p - omega.unsqueeze(1) * v), torch.where(active, following, rho)
             if self.rtol > 0 and k + 1 < self.max_iter and all_done(active, k + 1, self.check_every):
                 break
-        return self._measured(operator, rhs, x, steps, indefinite, broken)
+        return self._measured(operator, rhs, x, steps + (norm > 0), indefinite, broken)

@@ -80,7 +80,7 @@ class GMRES(KrylovSolver):
             x = x + cycle.correction()
             indefinite, broken = indefinite | cycle.indefinite, broken | cycle.broken
             active = active & ~cycle.broken & (cycle.last.abs() > self.rtol * norm)
-        return self._measured(operator, rhs, x, steps, indefinite, broken)
+        return self._measured(operator, rhs, x, steps + (norm > 0), indefinite, broken)
 
 
 class _Cycle:

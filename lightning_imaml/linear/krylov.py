@@ -32,7 +32,7 @@ class KrylovSolver(LinearSolver):
             operator: A.
             rhs: b, ``[T, D]``.
             x: ``[T, D]``.
-            steps: the products so far, ``[T]``.
+            steps: the products that each task used, ``[T]``.
             indefinite: which tasks met a direction p with pᵀAp ≤ 0, ``[T]``.
             broken: which tasks met a product that is not finite, ``[T]``.
         """
@@ -40,7 +40,7 @@ class KrylovSolver(LinearSolver):
         error = vector_norm(rhs - operator(x), dim=1)
         residual = torch.where(norm == 0, 0, error / norm).masked_fill(broken, torch.nan)
         converged = residual <= self.rtol + 10 * torch.finfo(rhs.dtype).eps  # NaN compares false.
-        return LinearSolution(x, steps + (norm > 0), residual, converged, indefinite)
+        return LinearSolution(x, steps, residual, converged, indefinite)
 
 
 def divide(rows: Tensor, by: Tensor) -> Tensor:

@@ -79,8 +79,5 @@ class MinRes(KrylovSolver):
             active = moving & (phi > self.rtol * norm) & (beta > noise)
             if self.rtol > 0 and k + 1 < self.max_iter and all_done(active, k + 1, self.check_every):
                 break
-        # This solver makes references, so it measures the residual instead of trusting the recurrence's φ.
-        error = vector_norm(rhs - operator(x), dim=1)
-        residual = torch.where(norm == 0, 0, error / norm).masked_fill(broken, torch.nan)
-        converged = residual <= self.rtol + 10 * torch.finfo(rhs.dtype).eps  # A NaN compares as false.
-        return LinearSolution(x, steps, residual, converged, indefinite)
+        # This solver makes references, so it measures the residual instead of trusting the recurrence's phi.
+        return self._measured(operator, rhs, x, steps, indefinite, broken)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from lightning_imaml.linear.base import LinearSolution
 from lightning_imaml.linear.conjugate_gradient import ConjugateGradient
@@ -43,4 +44,5 @@ class NormalCG(KrylovSolver):
         inner = ConjugateGradient(self.max_iter, self.rtol, check_every=self.check_every)
         found = inner.solve(LinearOperator(lambda vector: transpose(operator(vector))), transpose(rhs))
         broken, none = found.residual.isnan(), torch.zeros_like(found.indefinite)
-        return self._measured(operator, rhs, found.value, 2 * found.steps + (found.steps > 0), none, broken)
+        steps = 2 * found.steps + (found.steps > 0) + (vector_norm(rhs, dim=1) > 0)
+        return self._measured(operator, rhs, found.value, steps, none, broken)
